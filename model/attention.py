@@ -1,0 +1,159 @@
+"""Attention over context and persistent vectors under one softmax: the definition, and its faster twin for one new token.
+
+Sizes: B rows, H heads, T new tokens, S context slots, N persistent vectors, D head size.
+Queries arrive scaled by 1/sqrt(D), persistent pairs scaled by sqrt(D) and sqrt(N). Nothing here knows layers or weights.
+
+The definition works head first, [H, B, T, D], so that persistent vectors, which all rows share, are one product per head.
+The twin works row first, [B, H, D], so that the first rows of a ring are one contiguous piece of memory.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Key/value pairs that take part in one joint softmax.
+
+    `bias` is added to their scores; `mass` multiplies their probabilities before everything is renormalised, which equals
+    a bias of log(mass) where the mass is positive, but keeps an exact gradient where it is zero.
+    """
+
+    key: Tensor  # [H, B, S, D], or [H, N, D] when all rows share them
+    value: Tensor  # like key
+    bias: Tensor | None = None  # broadcasts to [H, B, T, S]
+    mass: Tensor | None = None  # broadcasts to [H, B, T, S]
+
+
+def joint_attention(query: Tensor, blocks: Sequence[Block], *, dropout: float = 0.0) -> Tensor:
+    """Attend to all blocks under one softmax (arXiv 1907.01470, equations 6 to 8, with the span mask of 1905.07799).
+
+    Args:
+        query: [H, B, T, D], scaled.
+        blocks: at least one; some key must be reachable from every query.
+        dropout: share of the probabilities that is dropped, the rest scaled up.
+
+    Returns:
+        [H, B, T, D], in the value's dtype.
+    """
+    scores = [_with_bias(_product(query, block.key.mT), block.bias) for block in blocks]
+    probabilities = torch.softmax(torch.cat(scores, -1), -1)  # [H, B, T, all S]
+    parts = torch.split(probabilities, [score.shape[-1] for score in scores], -1)
+    output, total = None, None
+    for part, block in zip(parts, blocks, strict=True):
+        if block.mass is not None:
+            part = part * block.mass
+        if any(other.mass is not None for other in blocks):
+            share = part.sum(-1, keepdim=True)
+            total = share if total is None else total + share
+        if dropout:
+            part = F.dropout(part, dropout)
+        product = _product(part.to(block.value.dtype), block.value)
+        output = product if output is None else output + product
+    assert output is not None, "joint_attention needs a block"
+    return output if total is None else output / total
+
+
+def banded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    persistent: Block,
+    *,
+    position: Tensor,
+    mass: Tensor | None = None,
+    log_mass: Tensor | None = None,
+    filled: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attend from T consecutive tokens to the S positions before each of them, and to the persistent vectors.
+
+    Args:
+        query: [H, B, T, D].
+        key, value: [H, B, S + T, D], the S positions before the first query and then the queries' own, oldest first.
+        position: [D, S] in the order of the keys: column s belongs to distance S - s.
+        mass, log_mass: [H, S] in the same order: the soft span mask of each head, or its logarithm; give one of them.
+        filled: [B], how many of the S earlier positions exist in each row; None if all do.
+
+    Returns:
+        [H, B, T, D].
+    """
+    num_new = query.shape[2]
+    bias = to_band(query @ position, outside=float("-inf"))  # [H, B, T, S + T]
+    if log_mass is not None:
+        band = log_mass[:, None, :].expand(-1, num_new, -1)  # [H, T, S]
+        bias = bias + to_band(band, outside=0.0)[:, None]
+    if filled is not None:
+        slot = torch.arange(key.shape[2], device=key.device)
+        empty = slot < (position.shape[1] - filled.to(key.device))[:, None]  # [B, S + T]
+        bias = bias.masked_fill(empty[:, None, :], float("-inf"))
+    if mass is not None:
+        mass = to_band(mass[:, None, :].expand(-1, num_new, -1), outside=0.0)[:, None]  # [H, 1, T, S + T]
+    return joint_attention(query, (Block(key, value, bias, mass), persistent), dropout=dropout)
+
+
+def to_band(by_distance: Tensor, *, outside: float) -> Tensor:
+    """Shift row t of [..., T, S] right by t: from columns that count distance to columns that count keys, [..., T, S + T]."""
+    *lead, num_rows, num_slots = by_distance.shape
+    width = num_slots + num_rows
+    padded = F.pad(by_distance, (0, num_rows + 1), value=outside)  # [..., T, S + T + 1]
+    return padded.flatten(-2)[..., : num_rows * width].view(*lead, num_rows, width)
+
+
+def decode_attention(
+    query: Tensor,
+    rings: Sequence[tuple[Tensor, Tensor]],
+    tables: Sequence[tuple[Tensor, Tensor]],
+    persistent: Block,
+) -> Tensor:
+    """`joint_attention` of one new token a row over rings of different sizes; equal to it, without copying a ring.
+
+    Args:
+        query: [B, H, D], scaled; the heads of the first ring come first.
+        rings: key and value [B, h, S, D] of each group of h heads, slots in any order.
+        tables: for each ring, position vectors [B, D, S] and bias [B, h, S] of every slot (-inf where it is empty).
+        persistent: key [H, D, N] (transposed once, when baked) and value [H, N, D].
+
+    Returns:
+        [B, H, D].
+    """
+    by_head = query.transpose(0, 1)  # [H, B, D]
+    persistent_scores = torch.bmm(by_head, persistent.key).transpose(0, 1)  # [B, H, N]
+    outputs, shares, first = [], [], 0
+    for (key, value), (position, bias) in zip(rings, tables, strict=True):
+        num_rows, num_heads, num_slots, head_size = key.shape
+        heads = slice(first, first + num_heads)
+        first += num_heads
+        own = query[:, heads]  # [B, h, D]
+        scores = torch.baddbmm(bias, own, position).view(-1, 1, num_slots)
+        scores = torch.baddbmm(
+            scores,
+            own.reshape(-1, 1, head_size),
+            key.reshape(-1, num_slots, head_size).mT,
+        )
+        joint = torch.cat(
+            (scores.view(num_rows, num_heads, num_slots), persistent_scores[:, heads]),
+            -1,
+        )
+        probabilities = torch.softmax(joint, -1)  # [B, h, S + N]
+        context = probabilities[..., :num_slots].reshape(-1, 1, num_slots)
+        outputs.append(torch.bmm(context, value.reshape(-1, num_slots, head_size)).view(num_rows, num_heads, head_size))
+        shares.append(probabilities[..., num_slots:])
+    share = shares[0] if len(shares) == 1 else torch.cat(shares, 1)  # [B, H, N]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)  # [B, H, D]
+    return output + torch.bmm(share.transpose(0, 1), persistent.value).transpose(0, 1)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """[H, B, T, X] @ [H, B, X, Y] or, shared by all rows, @ [H, X, Y], without copying `right` for every row."""
+    if right.dim() == 4:
+        return left @ right
+    heads, rows, num_new, _ = left.shape
+    return (left.reshape(heads, rows * num_new, -1) @ right).view(heads, rows, num_new, -1)
+
+
+def _with_bias(scores: Tensor, bias: Tensor | None) -> Tensor:
+    return scores if bias is None else scores + bias

@@ -1,0 +1,257 @@
+"""The network as it is served: everything that training left constant is folded into tables, and a step is a delta.
+
+`bake` is a pure function of a trained network. A step reads the rings, returns hidden states and the new keys and values,
+and changes nothing; the owner of the cache commits them. There are two steps, equal by test: `decode` takes one token of
+each of the first rows straight from the rings, `extend` takes many tokens of any rows (prompts, documents).
+
+Sizes: B rows, T new tokens, E width, H heads, h heads of a group, D head size, S slots, N persistent vectors, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Block, banded_attention, decode_attention
+from model.cache import HeadGroup, RingCache, group_heads
+from model.config import ModelConfig
+from model.network import AllAttentionLM, PersistentAttention, span_mask
+from model.sampling import target_logprobs
+
+
+class BakedLayer(nn.Module):
+    """One layer with its heads sorted by ring size and its scalings folded in."""
+
+    def __init__(
+        self,
+        layer: PersistentAttention,
+        groups: Sequence[HeadGroup],
+        order: Sequence[int],
+    ) -> None:
+        super().__init__()
+        config = layer.config
+        heads, head = config.num_heads, config.head_size
+        query, key, value = (
+            projection.weight.view(heads, head, -1)[list(order)] for projection in (layer.query, layer.key, layer.value)
+        )
+        pairs = torch.stack((key, value), 1)  # [H, 2, D, E]
+        self.groups = tuple(groups)
+        self.qkv = nn.Buffer(torch.cat((query.flatten(0, 1) / math.sqrt(head), pairs.flatten(0, 2))))  # [3 E, E]
+        self.out = nn.Buffer(layer.out.weight.view(-1, heads, head)[:, list(order)].flatten(1).clone())  # [E, E]
+        self.persistent_key = nn.Buffer(
+            (layer.persistent_key[list(order)] * math.sqrt(head)).mT.contiguous()
+        )  # [H, D, N]
+        self.persistent_value = nn.Buffer(layer.persistent_value[list(order)] * math.sqrt(config.num_persistent))
+        self.norm_weight = nn.Buffer(layer.norm.weight.clone())
+        self.norm_bias = nn.Buffer(layer.norm.bias.clone())
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., E] -> scaled queries [..., H, D] and pairs of key and value [..., H, 2 D]."""
+        heads, head, _ = self.persistent_key.shape
+        query, pair = F.linear(hidden, self.qkv).split((heads * head, 2 * heads * head), -1)
+        return query.unflatten(-1, (heads, head)), pair.unflatten(-1, (heads, 2 * head))
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Output projection, residual and norm: [..., E] and [..., H, D] -> [..., E]."""
+        hidden = hidden + F.linear(attended.flatten(-2), self.out)
+        return F.layer_norm(hidden, hidden.shape[-1:], self.norm_weight, self.norm_bias)
+
+
+class SlotTables(nn.Module):
+    """Position vectors and span masks for rings of one size, for every place where the newest slot may be.
+
+    `row u` of a table is the view of a ring whose next token goes to slot u: slot s then lies at distance
+    (u - 1 - s) mod S + 1. Both tables are kept twice in a row, so that each view is one stretch of memory.
+    """
+
+    def __init__(self, position: Tensor, masks: Tensor) -> None:
+        """position: [D, S] and masks: [heads, S], both by distance."""
+        super().__init__()
+        self.position = nn.Buffer(_twice_farthest_first(position).contiguous())  # [D, 2 S]
+        self.log_mass = nn.Buffer(_twice_farthest_first(masks.log()).contiguous())  # [heads, 2 S]
+        self.num_slots = position.shape[1]
+
+    def views(self, lengths: np.ndarray, *, mask_empty: bool) -> tuple[Tensor, Tensor]:
+        """Position vectors [B, D, S] and biases [heads, B, S] of the slots of rows that consumed `lengths` tokens."""
+        size = self.num_slots
+        start = torch.from_numpy(size - lengths % size).to(self.position.device)
+        position = self.position.unfold(-1, size, 1).transpose(0, 1)[start]  # [B, D, S]
+        bias = self.log_mass.unfold(-1, size, 1)[:, start]  # [heads, B, S]
+        if mask_empty and (lengths < size).any():
+            empty = (
+                np.arange(size) >= lengths[:, None]
+            )  # [B, S]: rows that are not full have filled slots 0 .. length - 1
+            bias.masked_fill_(torch.from_numpy(empty).to(bias.device), float("-inf"))
+        return position, bias
+
+
+class BakedLM(nn.Module):
+    """An all-attention language model, frozen; see the module's header for its two steps."""
+
+    def __init__(self, network: AllAttentionLM) -> None:
+        super().__init__()
+        self.config: ModelConfig = network.config
+        self.embedding = nn.Buffer(network.embedding.weight.clone())
+        self.output_weight = nn.Buffer(network.output.weight.clone())
+        self.output_bias = nn.Buffer(network.output.bias.clone())
+        self.layers = nn.ModuleList()
+        self.spans: list[list[int]] = []  # for each layer, the reach of each head in the order of training, in tokens
+        masks: dict[int, list[Tensor]] = {}
+        self._table_rows: list[list[slice]] = []  # for each layer and group, its heads in the table of its size
+        for layer in network.layers:
+            reaches = reach_of_heads(layer.span, self.config)
+            groups, order = group_heads(reaches, max_span=self.config.max_span)
+            self.spans.append(reaches)
+            self.layers.append(BakedLayer(layer, groups, order))
+            rows = []
+            for group in groups:
+                mask = span_mask(
+                    layer.span[order[group.heads]],
+                    num_slots=group.num_slots,
+                    config=self.config,
+                )
+                known = masks.setdefault(group.num_slots, [])
+                first = sum(len(other) for other in known)
+                rows.append(slice(first, first + group.num_heads))
+                known.append(mask)
+            self._table_rows.append(rows)
+        self.tables = nn.ModuleDict(
+            {str(size): SlotTables(network.position[:, :size], torch.cat(known)) for size, known in masks.items()}
+        )
+        self.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights and rings are kept in."""
+        return self.embedding.dtype
+
+    def allocate(self, num_rows: int) -> RingCache:
+        """Rings for a number of live streams, all fresh."""
+        return RingCache(
+            [layer.groups for layer in self.layers],
+            num_rows=num_rows,
+            head_size=self.config.head_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: RingCache) -> tuple[Tensor, list[Tensor]]:
+        """One new token of each of the first B rows of the cache.
+
+        Args:
+            tokens: [B] int64.
+
+        Returns:
+            hidden states [B, E] and, for `RingCache.commit`, the new pairs of each layer [B, 1, H, 2 D].
+        """
+        num_rows, head = len(tokens), self.config.head_size
+        mask_empty = self.config.empty_slots == "masked"
+        lengths = cache.lengths[:num_rows]
+        views = {name: table.views(lengths, mask_empty=mask_empty) for name, table in self.tables.items()}
+        hidden = F.embedding(tokens, self.embedding)
+        new = []
+        for layer, rings, table_rows in zip(self.layers, cache.rings, self._table_rows, strict=True):
+            query, pair = layer.project(hidden)
+            tables = []
+            for group, heads in zip(layer.groups, table_rows, strict=True):
+                position, bias = views[str(group.num_slots)]
+                tables.append((position, bias[heads].transpose(0, 1)))
+            pairs = [(ring[:num_rows, ..., :head], ring[:num_rows, ..., head:]) for ring in rings]
+            persistent = Block(layer.persistent_key, layer.persistent_value)
+            hidden = layer.finish(hidden, decode_attention(query, pairs, tables, persistent))
+            new.append(pair[:, None])
+        return hidden, new
+
+    @torch.inference_mode()
+    def extend(self, tokens: Tensor, cache: RingCache, rows: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """T new tokens of each of some rows; shorter stretches are padded at the end with any token.
+
+        Args:
+            tokens: [B, T] int64, one line for each of `rows`.
+
+        Returns:
+            hidden states [B, T, E] and, for `RingCache.commit`, the new pairs of each layer [B, T, H, 2 D].
+        """
+        filled = None
+        if self.config.empty_slots == "masked":
+            filled = torch.from_numpy(cache.lengths[list(rows)]).to(self.device)
+        hidden = F.embedding(tokens, self.embedding)
+        new = []
+        for index, layer in enumerate(self.layers):
+            query, pair = layer.project(hidden)
+            query = query.permute(2, 0, 1, 3)  # [H, B, T, D]
+            fresh = pair.permute(2, 0, 1, 3)  # [H, B, T, 2 D]
+            outputs = []
+            for place, group in enumerate(layer.groups):
+                pairs = torch.cat((cache.recent(index, place, rows), fresh[group.heads]), 2)  # [h, B, S + T, 2 D]
+                key, value = pairs.chunk(2, -1)
+                table = self.tables[str(group.num_slots)]
+                outputs.append(
+                    banded_attention(
+                        query[group.heads],
+                        key,
+                        value,
+                        Block(
+                            layer.persistent_key[group.heads].mT,
+                            layer.persistent_value[group.heads],
+                        ),
+                        position=table.position[:, : group.num_slots],
+                        log_mass=table.log_mass[self._table_rows[index][place], : group.num_slots],
+                        filled=filled,
+                    )
+                )
+            attended = torch.cat(outputs).permute(1, 2, 0, 3)  # [B, T, H, D]
+            hidden = layer.finish(hidden, attended)
+            new.append(pair)
+        return hidden, new
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token in fp32, [..., E] -> [..., V]."""
+        return F.linear(hidden, self.output_weight, self.output_bias).float()
+
+
+def bake(network: AllAttentionLM, *, dtype: torch.dtype = torch.float32) -> BakedLM:
+    """Freeze a trained network; masks and scalings are computed in fp32 before anything is rounded to `dtype`."""
+    with torch.no_grad():
+        return BakedLM(network).to(dtype)
+
+
+def score_document(
+    model: BakedLM, tokens: np.ndarray, *, chunk_tokens: int = 256
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Score every token after the first in one exact pass at constant memory, whatever the length.
+
+    Args:
+        tokens: [n] integers.
+
+    Yields:
+        log-probabilities (nats, float32) and ranks (int64, 0 = the most probable) of the next tokens, chunk by chunk.
+    """
+    cache = model.allocate(1)
+    for start in range(0, len(tokens) - 1, chunk_tokens):
+        stretch = torch.from_numpy(tokens[start : start + chunk_tokens + 1].astype(np.int64)).to(model.device)
+        hidden, new = model.extend(stretch[None, :-1], cache, [0])
+        cache.commit([0], new, [len(stretch) - 1])
+        logprobs, ranks = target_logprobs(model.logits(hidden[0]), stretch[1:])
+        yield logprobs.cpu().numpy(), ranks.cpu().numpy()
+
+
+def reach_of_heads(span: Tensor, config: ModelConfig) -> list[int]:
+    """The largest distance at which each head's mask may differ from zero: ceil(z L) + R, at most L."""
+    exact = (math.ceil(z * config.max_span) + config.span_ramp for z in span.detach().float().tolist())
+    return [min(config.max_span, reach) for reach in exact]
+
+
+def _twice_farthest_first(by_distance: Tensor) -> Tensor:
+    flipped = by_distance.flip(-1)
+    return torch.cat((flipped, flipped), -1)

@@ -1,0 +1,146 @@
+"""The state of live streams: for every layer and head group a ring of projected keys and values, of constant size.
+
+Sizes: R rows, h heads of a group, S slots of its rings, D head size. A key and its value lie side by side, [R, h, S, 2 D].
+The token at position p lies in slot p % S. Owns the memory and the lengths; knows no weights and no scheduling.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GROUP_COST = 64  # slots whose work takes about as long as the launches of one more head group
+
+
+class HeadGroup(NamedTuple):
+    """Consecutive heads of a baked layer whose rings have the same size."""
+
+    first: int
+    num_heads: int
+    num_slots: int
+
+    @property
+    def heads(self) -> slice:
+        """The group's place among the heads of its layer."""
+        return slice(self.first, self.first + self.num_heads)
+
+
+class RingCache:
+    """Rings and lengths of a fixed number of rows."""
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[HeadGroup]],
+        *,
+        num_rows: int,
+        head_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.groups = groups
+        self.rings = [
+            [
+                torch.zeros(
+                    num_rows,
+                    group.num_heads,
+                    group.num_slots,
+                    2 * head_size,
+                    dtype=dtype,
+                    device=device,
+                )
+                for group in layer
+            ]
+            for layer in groups
+        ]
+        self.lengths = np.zeros(num_rows, dtype=np.int64)  # [R], tokens each row has consumed, never clipped
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that one live stream costs, whatever its length."""
+        return sum(ring[0].nbytes for layer in self.rings for ring in layer)
+
+    def reset(self, row: int) -> None:
+        """Begin a fresh stream in a row."""
+        self.lengths[row] = 0
+        for ring in self._all():
+            ring[row].zero_()
+
+    def move(self, source: int, target: int) -> None:
+        """Copy the whole state of one row over another."""
+        self.lengths[target] = self.lengths[source]
+        for ring in self._all():
+            ring[target].copy_(ring[source])
+
+    def recent(self, layer: int, group: int, rows: Sequence[int]) -> Tensor:
+        """Keys and values of some rows in the order of time, the newest last: a copy, [h, rows, S, 2 D]."""
+        ring = self.rings[layer][group]
+        num_slots = ring.shape[2]
+        order = (self.lengths[list(rows), None] + np.arange(num_slots)) % num_slots  # [rows, S]
+        index = torch.as_tensor(rows, device=ring.device)[:, None]
+        ordered: Tensor = ring[index, :, torch.from_numpy(order).to(ring.device)]  # [rows, S, h, 2 D]
+        return ordered.permute(2, 0, 1, 3)
+
+    def commit(self, rows: Sequence[int], new: Sequence[Tensor], num_new: Sequence[int]) -> None:
+        """Write the keys and values of new tokens and advance the lengths.
+
+        Args:
+            rows: which row each entry of `new` belongs to.
+            new: for each layer [rows, T, H, 2 D], what a step returned.
+            num_new: how many of the T tokens of each row are real; the rest is padding and leaves no trace.
+        """
+        places: dict[int, tuple[Tensor, ...]] = {}
+        for layer_groups, layer_rings, fresh in zip(self.groups, self.rings, new, strict=True):
+            for group, ring in zip(layer_groups, layer_rings, strict=True):
+                if group.num_slots not in places:
+                    places[group.num_slots] = self._places(rows, num_new, group.num_slots, ring.device)
+                entry, token, row, slot = places[group.num_slots]
+                ring[row, :, slot] = fresh[entry, token, group.heads].to(ring.dtype)
+        self.lengths[list(rows)] += np.asarray(num_new)
+
+    def _places(
+        self,
+        rows: Sequence[int],
+        num_new: Sequence[int],
+        num_slots: int,
+        device: torch.device,
+    ) -> tuple[Tensor, ...]:
+        """Which tokens stay in rings of this size and where: (entry of `new`, its token, row, slot), each [n]."""
+        places = []
+        for entry, (row, count) in enumerate(zip(rows, num_new, strict=True)):
+            token = np.arange(max(0, count - num_slots), count)
+            slot = (self.lengths[row] + token) % num_slots
+            places.append(np.stack((np.full_like(token, entry), token, np.full_like(token, row), slot)))
+        return tuple(torch.from_numpy(np.concatenate(places, 1)).to(device))
+
+    def _all(self) -> list[Tensor]:
+        return [ring for layer in self.rings for ring in layer]
+
+
+def group_heads(reaches: Sequence[int], *, max_span: int) -> tuple[list[HeadGroup], list[int]]:
+    """Sort heads by reach and cut them into groups of one ring size, for the least sum of slots and group costs.
+
+    Returns:
+        the groups, smallest rings first, and the order of the heads that makes each group consecutive.
+    """
+    order = sorted(range(len(reaches)), key=lambda head: reaches[head])
+    sizes = [_ring_size(reaches[head], limit=max_span) for head in order]
+    best: list[tuple[float, int]] = [(0.0, 0)]  # for the first n heads: least cost, start of the last group
+    for stop in range(1, len(sizes) + 1):
+        costs = [(best[start][0] + (stop - start) * sizes[stop - 1] + GROUP_COST, start) for start in range(stop)]
+        best.append(min(costs))
+    groups: list[HeadGroup] = []
+    stop = len(sizes)
+    while stop:
+        start = best[stop][1]
+        groups.insert(0, HeadGroup(start, stop - start, sizes[stop - 1]))
+        stop = start
+    return groups, order
+
+
+def _ring_size(reach: int, *, limit: int) -> int:
+    """Round up to four steps an octave, so that layers share few sizes and thereby their tables."""
+    step = max(8, 2 ** max(0, reach.bit_length() - 3))
+    return min(limit, math.ceil(reach / step) * step)

@@ -1,0 +1,124 @@
+"""The shape of a model as data, and with it the name and shape of every weight. Knows no torch, so every process may read it."""
+
+from itertools import pairwise
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ModelConfig(BaseModel):
+    """An all-attention language model (arXiv 1907.01470), checked at birth and frozen.
+
+    Raises:
+        pydantic.ValidationError: an unknown key, a wrong type or a value outside its range, named in the message.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    vocab_size: int = Field(ge=2, description="V: symbols the tokenizer can produce")
+    num_layers: int = Field(ge=1, description="attention layers; there are no feed-forward layers")
+    width: int = Field(ge=1, description="E: size of the hidden states")
+    num_heads: int = Field(ge=1, description="H: heads of a layer; the head size D is E / H")
+    num_persistent: int = Field(ge=1, description="N: learned key/value pairs of each head")
+    max_span: int = Field(ge=1, description="L: the largest distance a head may learn to look back")
+    span_ramp: int = Field(default=32, ge=1, description="R: length of the soft edge of a span")
+    span_init: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="z of every head at the start, as a share of L",
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="on the attention probabilities, context and persistent",
+    )
+    embedding_dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input embeddings")
+    embedding: Literal["plain", "adaptive"] = Field(
+        default="plain",
+        description="adaptive = adaptive input and adaptive softmax with tied weights, for words",
+    )
+    tie_embeddings: bool = Field(default=False, description="plain only: one table for input and output")
+    adaptive_cutoffs: tuple[int, ...] = Field(default=(), description="adaptive only: first id of each further cluster")
+    adaptive_div: int = Field(
+        default=4,
+        ge=1,
+        description="adaptive only: each cluster is this many times narrower",
+    )
+    empty_slots: Literal["masked", "zero"] = Field(
+        default="masked",
+        description='what a query sees before the stream began: nothing, or (as the official code) zero vectors that "p" '
+        "alone gives a share of the attention",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
+        cutoffs = self.adaptive_cutoffs
+        if self.embedding == "adaptive":
+            if not cutoffs or any(a >= b for a, b in pairwise((0, *cutoffs, self.vocab_size))):
+                raise ValueError(
+                    f"adaptive_cutoffs {list(cutoffs)} must rise strictly between 0 and vocab_size {self.vocab_size}"
+                )
+            if self.tie_embeddings:
+                raise ValueError("tie_embeddings is for embedding = 'plain'; adaptive embeddings are always tied")
+        elif cutoffs:
+            raise ValueError(f"adaptive_cutoffs {list(cutoffs)} needs embedding = 'adaptive'")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """D = E / H."""
+        return self.width // self.num_heads
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight, in the order a bundle stores them."""
+        width, heads, head, pairs = (
+            self.width,
+            self.num_heads,
+            self.head_size,
+            self.num_persistent,
+        )
+        shapes: dict[str, tuple[int, ...]] = dict(self._embedding_shapes())
+        shapes["position"] = (head, self.max_span)
+        for i in range(self.num_layers):
+            layer = f"layers.{i}."
+            shapes |= {layer + name + ".weight": (width, width) for name in ("query", "key", "value", "out")}
+            shapes[layer + "persistent_key"] = (heads, pairs, head)
+            shapes[layer + "persistent_value"] = (heads, pairs, head)
+            shapes[layer + "span"] = (heads,)
+            shapes[layer + "norm.weight"] = (width,)
+            shapes[layer + "norm.bias"] = (width,)
+        return shapes
+
+    def _embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.embedding == "plain":
+            shapes = {
+                "embedding.weight": (self.vocab_size, self.width),
+                "output.bias": (self.vocab_size,),
+            }
+            return shapes if self.tie_embeddings else shapes | {"output.weight": (self.vocab_size, self.width)}
+        edges = (0, *self.adaptive_cutoffs, self.vocab_size)
+        shapes = {}
+        for i, (low, high) in enumerate(pairwise(edges)):
+            narrow = self.width // self.adaptive_div**i
+            shapes[f"embedding.tables.{i}.weight"] = (high - low, narrow)
+            shapes[f"embedding.projections.{i}.weight"] = (self.width, narrow)
+            shapes[f"output.projections.{i}.weight"] = (self.width, narrow)
+            shapes[f"output.biases.{i}"] = (high - low,)
+        shapes["output.cluster.weight"] = (len(edges) - 2, self.width)
+        shapes["output.cluster.bias"] = (len(edges) - 2,)
+        return shapes
+
+    @property
+    def num_parameters(self) -> int:
+        """All learned numbers, tied ones once."""
+        total = 0
+        for shape in self.tensor_shapes().values():
+            size = 1
+            for side in shape:
+                size *= side
+            total += size
+        return total

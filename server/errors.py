@@ -1,0 +1,139 @@
+"""The ways a request can fail, and the one body every failure is told in. Knows no HTTP library: a status is a number here.
+
+ServerError
+├── RequestError            the client can mend it
+│   ├── MalformedRequest    400
+│   ├── NotFound            404
+│   ├── MethodNotAllowed    405
+│   ├── BodyTooLarge        413
+│   └── InvalidField        422
+├── Overloaded              the same request may succeed later
+│   ├── QueueFull           429
+│   ├── Starting            503
+│   ├── Draining            503
+│   └── EngineDown          503
+└── InternalError           500
+"""
+
+import json
+from typing import Any, ClassVar
+
+
+class ServerError(Exception):
+    """A failure with a name the client can act on.
+
+    `type` is one of the three words that text-generation-inference's clients know; `code` tells more exactly what happened.
+    """
+
+    status: ClassVar[int]
+    type: ClassVar[str]
+    code: ClassVar[str]
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class RequestError(ServerError, ValueError):
+    """The request itself is wrong; sending it again will not help."""
+
+    type = "validation"
+
+
+class MalformedRequest(RequestError):
+    """The request cannot be read."""
+
+    status, code = 400, "malformed"
+
+
+class NotFound(RequestError):
+    """No such path."""
+
+    status, code = 404, "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, the method does not."""
+
+    status, code = 405, "method_not_allowed"
+
+
+class BodyTooLarge(RequestError):
+    """More bytes than `max_body_bytes`."""
+
+    status, code = 413, "body_too_large"
+
+
+class InvalidField(RequestError):
+    """A field is unknown or outside its range; the message names the field, its value and what is allowed."""
+
+    status, code = 422, "invalid_field"
+
+    @classmethod
+    def of(cls, field: str, *, value: object, allowed: str) -> "InvalidField":
+        """Word the message: `temperature: 3 is not allowed; a number from 0 to 2`."""
+        return cls(f"{field}: {shown(value)} is not allowed; {allowed}", param=field)
+
+
+class Overloaded(ServerError):
+    """Nothing is wrong with the request; it may be sent again after `retry_after_s`."""
+
+    type = "overloaded"
+    retry_after_s = 1
+
+
+class QueueFull(Overloaded):
+    """As many requests wait as `max_waiting` allows."""
+
+    status, code = 429, "queue_full"
+
+
+class Starting(Overloaded):
+    """The engine has not run its first step yet."""
+
+    status, code, retry_after_s = 503, "starting", 2
+
+
+class Draining(Overloaded):
+    """The server is about to end and takes no new work."""
+
+    status, code, retry_after_s = 503, "draining", 5
+
+
+class EngineDown(Overloaded):
+    """The engine process has failed or does not answer."""
+
+    status, code, retry_after_s = 503, "engine_down", 5
+
+
+class InternalError(ServerError):
+    """A bug, or a sequence that the engine had to give up."""
+
+    status, type, code = 500, "generation", "internal"
+
+
+def shown(value: object) -> str:
+    """`value` as it stood in the JSON of the request, cut to a length that fits a message."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def error_body(error: ServerError, *, request_id: str) -> dict[str, Any]:
+    """One body that OpenAI's, text-generation-inference's and huggingface_hub's clients can all parse."""
+    return {
+        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
+        "error_type": error.type,
+        "request_id": request_id,
+    }
+
+
+def retry_headers(error: ServerError) -> dict[str, str]:
+    """When to come back, in the two spellings clients look for."""
+    if error.retry_after_s is None:
+        return {}
+    return {"Retry-After": str(error.retry_after_s), "retry-after-ms": str(1000 * error.retry_after_s)}

@@ -1,0 +1,110 @@
+"""The text of one growing sequence: bytes become characters, and stop strings end it. Knows no request and no engine.
+
+Stop strings are found by an Aho-Corasick automaton (Aho and Corasick 1975): its state after a text is the longest suffix of
+the text that begins some stop string, which is exactly what must be held back, and a character costs the same for one stop
+string as for a thousand.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+from model.tokenizer import StreamingDecoder, Tokenizer
+
+
+class StopStrings:
+    """All stop strings of a request as one automaton. Holds no text, so the sequences of a request share it.
+
+    A state is a number: the node of a prefix of some stop string, 0 for the empty one.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        """Every stop string is at least one character; the cost is the sum of their lengths."""
+        assert all(stops)
+        self._children: list[dict[str, int]] = [{}]
+        self._depth = [0]
+        self._match: list[str | None] = [None]  # the longest stop string that ends in this state
+        for stop in stops:
+            self._insert(stop)
+        self._fallback = [0] * len(self._children)  # the state of the longest proper suffix that is a prefix too
+        self._link()
+
+    def _insert(self, stop: str) -> None:
+        state = 0
+        for char in stop:
+            if char not in self._children[state]:
+                self._children[state][char] = len(self._children)
+                self._children.append({})
+                self._depth.append(self._depth[state] + 1)
+                self._match.append(None)
+            state = self._children[state][char]
+        self._match[state] = stop
+
+    def _link(self) -> None:
+        """Breadth first, so that a state's fallback (which is shallower) is always complete before it is used."""
+        queue = deque(self._children[0].values())
+        while queue:
+            state = queue.popleft()
+            for char, child in self._children[state].items():
+                self._fallback[child] = self.advance(self._fallback[state], char)
+                queue.append(child)
+            if self._match[state] is None:
+                self._match[state] = self._match[self._fallback[state]]
+
+    def __bool__(self) -> bool:
+        return len(self._children) > 1
+
+    def advance(self, state: int, char: str) -> int:
+        """The state after one more character."""
+        while state and char not in self._children[state]:
+            state = self._fallback[state]
+        return self._children[state].get(char, 0)
+
+    def match(self, state: int) -> str | None:
+        """The longest stop string that has just been completed."""
+        return self._match[state]
+
+    def depth(self, state: int) -> int:
+        """Number of characters that may still become a stop string."""
+        return self._depth[state]
+
+
+class OutputText:
+    """Turns token ids into the text that may be shown: whole characters, nothing of a stop string.
+
+    The stop string that is completed first wins, the longest of those that end at the same place, so the text does not
+    depend on how it was cut into tokens. A token costs O(its text + the text held back).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, stops: StopStrings) -> None:
+        self._decoder = StreamingDecoder(tokenizer)
+        self._stops = stops
+        self._state = 0
+        self._held = ""
+        self.matched_stop: str | None = None
+
+    def add(self, token: int) -> str:
+        """The text that is certain after one more token. Ends with `matched_stop` set once a stop string is complete."""
+        assert self.matched_stop is None
+        return self._release(self._decoder.add(token))
+
+    def finish(self) -> str:
+        """The rest: what was held back, because nothing more can follow. Nothing after a stop string."""
+        if self.matched_stop is not None:
+            return ""
+        text = self._release(self._decoder.finish())
+        if self.matched_stop is None:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, new: str) -> str:
+        if not self._stops:
+            return new
+        for i, char in enumerate(new, start=1):
+            self._state = self._stops.advance(self._state, char)
+            self.matched_stop = self._stops.match(self._state)
+            if self.matched_stop is not None:
+                return (self._held + new[:i])[: -len(self.matched_stop)]
+        text = self._held + new
+        cut = len(text) - self._stops.depth(self._state)
+        self._held = text[cut:]
+        return text[:cut]

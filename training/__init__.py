@@ -1,0 +1,1 @@
+"""Corpus to bundle: everything that happens before a model is served."""
