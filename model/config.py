@@ -1,21 +1,17 @@
 """The shape of a model as data, and with it the name and shape of every weight. Knows no torch, so every process may read it."""
 
+import math
 from itertools import pairwise
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class ModelConfig(BaseModel):
-    """An all-attention language model (arXiv 1907.01470), checked at birth and frozen.
+class ModelShape(BaseModel):
+    """Everything about a model but the size of its vocabulary, which the tokenizer decides."""
 
-    Raises:
-        pydantic.ValidationError: an unknown key, a wrong type or a value outside its range, named in the message.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
-
-    vocab_size: int = Field(ge=2, description="V: symbols the tokenizer can produce")
     num_layers: int = Field(ge=1, description="attention layers; there are no feed-forward layers")
     width: int = Field(ge=1, description="E: size of the hidden states")
     num_heads: int = Field(ge=1, description="H: heads of a layer; the head size D is E / H")
@@ -56,16 +52,34 @@ class ModelConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
-        cutoffs = self.adaptive_cutoffs
-        if self.embedding == "adaptive":
-            if not cutoffs or any(a >= b for a, b in pairwise((0, *cutoffs, self.vocab_size))):
-                raise ValueError(
-                    f"adaptive_cutoffs {list(cutoffs)} must rise strictly between 0 and vocab_size {self.vocab_size}"
-                )
-            if self.tie_embeddings:
-                raise ValueError("tie_embeddings is for embedding = 'plain'; adaptive embeddings are always tied")
-        elif cutoffs:
-            raise ValueError(f"adaptive_cutoffs {list(cutoffs)} needs embedding = 'adaptive'")
+        if self.embedding == "adaptive" and self.tie_embeddings:
+            raise ValueError("tie_embeddings is for embedding = 'plain'; adaptive embeddings are always tied")
+        if self.embedding == "plain" and self.adaptive_cutoffs:
+            raise ValueError(f"adaptive_cutoffs {list(self.adaptive_cutoffs)} needs embedding = 'adaptive'")
+        return self
+
+    def with_vocabulary(self, vocab_size: int) -> "ModelConfig":
+        """The configuration for a tokenizer's vocabulary."""
+        return ModelConfig(vocab_size=vocab_size, **self.model_dump())
+
+
+class ModelConfig(ModelShape):
+    """An all-attention language model (arXiv 1907.01470), checked at birth and frozen.
+
+    Raises:
+        pydantic.ValidationError: an unknown key, a wrong type or a value outside its range, named in the message.
+    """
+
+    vocab_size: int = Field(ge=2, description="V: symbols the tokenizer can produce")
+
+    @model_validator(mode="after")
+    def _cutoffs_rise(self) -> Self:
+        edges = (0, *self.adaptive_cutoffs, self.vocab_size)
+        if self.embedding == "adaptive" and (len(edges) == 2 or any(a >= b for a, b in pairwise(edges))):
+            raise ValueError(
+                f"adaptive_cutoffs {list(self.adaptive_cutoffs)} must rise strictly between 0 and vocab_size "
+                f"{self.vocab_size}"
+            )
         return self
 
     @property
@@ -115,10 +129,4 @@ class ModelConfig(BaseModel):
     @property
     def num_parameters(self) -> int:
         """All learned numbers, tied ones once."""
-        total = 0
-        for shape in self.tensor_shapes().values():
-            size = 1
-            for side in shape:
-                size *= side
-            total += size
-        return total
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())

@@ -1,4 +1,4 @@
-"""The ways a request can fail, and the one body every failure is told in. Knows no HTTP library: a status is a number here.
+"""The ways a request can fail, and the one body every failure is told in. Knows no HTTP library.
 
 ServerError
 ├── RequestError            the client can mend it
@@ -15,6 +15,8 @@ ServerError
 └── InternalError           500
 """
 
+# ruff: noqa: N818 - the names say what happened, as they read after `raise`
+
 import json
 from typing import Any, ClassVar
 
@@ -22,7 +24,8 @@ from typing import Any, ClassVar
 class ServerError(Exception):
     """A failure with a name the client can act on.
 
-    `type` is one of the three words that text-generation-inference's clients know; `code` tells more exactly what happened.
+    `type` is one of the three words that text-generation-inference's clients know; `code` tells more exactly what
+    happened.
     """
 
     status: ClassVar[int]

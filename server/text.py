@@ -1,8 +1,8 @@
 """The text of one growing sequence: bytes become characters, and stop strings end it. Knows no request and no engine.
 
-Stop strings are found by an Aho-Corasick automaton (Aho and Corasick 1975): its state after a text is the longest suffix of
-the text that begins some stop string, which is exactly what must be held back, and a character costs the same for one stop
-string as for a thousand.
+Stop strings are found by an Aho-Corasick automaton (Aho and Corasick 1975): its state after a text is the longest suffix
+of the text that begins some stop string, which is exactly what must be held back, and a character costs the same for one
+stop string as for a thousand.
 """
 
 from collections import deque
@@ -83,7 +83,7 @@ class OutputText:
         self.matched_stop: str | None = None
 
     def add(self, token: int) -> str:
-        """The text that is certain after one more token. Ends with `matched_stop` set once a stop string is complete."""
+        """The text that is certain after one more token. Sets `matched_stop` once a stop string is complete."""
         assert self.matched_stop is None
         return self._release(self._decoder.add(token))
 

@@ -1,0 +1,139 @@
+"""A training run as data: a TOML file, with flags on top, checked at birth and frozen."""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from model.config import ModelShape
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type or out of range; the message names it, its value and what is allowed."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """What is read, and in what portions."""
+
+    name: str = Field(default="", description="shakespeare, classics8, enwik8, text8, wikitext103, or empty with a path")
+    path: Path | None = Field(default=None, description="the corpus: a file, or a folder of train.txt, valid.txt, test.txt")
+    batch: int = Field(ge=1, description="streams that are read side by side")
+    block: int = Field(ge=1, description="tokens of each stream that a step learns from")
+    reset_prob: float = Field(default=0.0, ge=0, le=1, description="chance that a stream forgets its past before a block")
+    cache_dir: Path = Field(default=Path(".cache/allattn"), description="where tokenizers and encoded corpora are kept")
+
+
+class TokenizerConfig(Section):
+    """How text becomes tokens."""
+
+    kind: Literal["bytes", "bpe", "word"] = "bytes"
+    vocab_size: int | None = Field(default=None, ge=2, description="bpe: needed; word: the most frequent, empty = all")
+
+
+class OptimConfig(Section):
+    """How the model learns."""
+
+    name: Literal["adamw", "adagrad"] = "adamw"
+    lr: float = Field(gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="adamw: decay of the two moments")
+    eps: float = Field(default=1e-8, gt=0, description="adamw: added to the root of the second moment")
+    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only")
+    grad_clip: float = Field(default=1.0, ge=0, description="adamw: global norm; adagrad: norm of each parameter; 0 = off")
+    warmup_steps: int = Field(default=0, ge=0, description="linear warm-up")
+    schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="trapezoid: the last share of the run, in which lr falls")
+    final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="lr at the end, as a share of the peak")
+    span_penalty: float = Field(default=0.0, ge=0, description="times L times the mean z of the heads, summed over layers")
+    max_steps: int = Field(ge=1, description="updates of the whole run")
+    max_seconds: float | None = Field(default=None, gt=0, description="end the schedule earlier, after so long in steps")
+
+
+class EvalConfig(Section):
+    """How progress is watched."""
+
+    every_steps: int = Field(default=500, ge=1, description="steps between two looks at the validation split")
+    tokens: int = Field(default=100_000, ge=1, description="of the validation split, at each look")
+
+
+class CheckpointConfig(Section):
+    """How often the state is saved, beside the bundle."""
+
+    every_seconds: float = Field(default=300.0, gt=0)
+    keep: int = Field(default=2, ge=1, description="how many checkpoints stay")
+
+
+class RunConfig(BaseSettings):
+    """Train an all-attention language model."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", cli_avoid_json=True, nested_model_default_partial_update=True)
+
+    out: Path = Field(description="the bundle to write; checkpoints live in OUT.run until it is written")
+    seed: int = Field(default=1, ge=0, description="of weights, dropout and stream resets")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 = matrix products under autocast")
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads; empty = as many as cores")
+    model: ModelShape
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optim: OptimConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The TOML file alone (flags are added above it): a run must not depend on the environment."""
+        return (init_settings,)
+
+
+def load_config(argv: Sequence[str]) -> RunConfig:
+    """Read `[CONFIG.toml] [--section.key value ...]`; without a file, the quickstart.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value in it or among the flags is wrong.
+    """
+    flags = list(argv)
+    path = QUICKSTART if not flags or flags[0].startswith("-") else Path(flags.pop(0))
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    try:
+        source = CliSettingsSource[object](
+            RunConfig, cli_parse_args=flags, cli_exit_on_error=False, cli_prog_name="python -m training.run [CONFIG.toml]"
+        )
+        return RunConfig(_cli_settings_source=source, **table)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
+    except SettingsError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _explain(problem: object) -> str:
+    """One problem pydantic found, as `section.key = value: what is allowed`."""
+    assert isinstance(problem, dict)
+    key = ".".join(map(str, problem["loc"])) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        return f"{key} is not a setting"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} = {problem['input']!r}: {problem['msg']}"

@@ -1,0 +1,79 @@
+"""Tokens to batches: every stream walks its own stretch of the split, block after block.
+
+Sizes: n tokens of the split, B streams, M tokens of a block. Knows no text and no model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The next block of every stream."""
+
+    inputs: Tensor  # [B, M] int64
+    targets: Tensor  # [B, M] int64, the inputs one token later
+    reset: Tensor  # [B] bool: these streams forget their past before the block
+
+
+class Streams:
+    """Consecutive blocks of B equal stretches; after each epoch all streams move on by a random part of a block."""
+
+    def __init__(self, tokens: np.ndarray, *, num_streams: int, block: int, seed: int, reset_prob: float) -> None:
+        """tokens: [n]; reset_prob: the chance that a stream's past is forgotten before a block, though its text goes on.
+
+        Raises:
+            ValueError: the split is too short for one block a stream.
+        """
+        self._stretch = len(tokens) // num_streams  # tokens of one stream
+        if self._stretch <= 2 * block:
+            raise ValueError(
+                f"{len(tokens)} tokens are too few for data.batch = {num_streams} streams of data.block = {block}: "
+                f"more than {num_streams * (2 * block + 1)} are needed"
+            )
+        self._lines = tokens[: self._stretch * num_streams].reshape(num_streams, self._stretch)
+        self._block = block
+        self._reset_prob = reset_prob
+        self._random = np.random.default_rng(seed)
+        self._place = 0  # of the next block in every stretch
+        self._fresh = True  # the next block begins an epoch
+        self.epoch = 0
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        """Whole blocks in a stretch that starts at its beginning."""
+        return (self._stretch - 1) // self._block
+
+    def next(self) -> Batch:
+        """The next block of every stream."""
+        if self._place + self._block >= self._stretch:
+            self.epoch += 1
+            self._place = int(self._random.integers(self._block))
+            self._fresh = True
+        window = self._lines[:, self._place : self._place + self._block + 1].astype(np.int64)
+        reset = self._random.random(len(self._lines)) < self._reset_prob
+        if self._fresh:
+            reset[:] = True
+        self._place += self._block
+        self._fresh = False
+        both = torch.from_numpy(window)
+        return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous(), torch.from_numpy(reset))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams are, as plain values."""
+        generator = self._random.bit_generator.state
+        words = {name: str(value) for name, value in generator["state"].items()}  # 128-bit integers
+        half = [generator["has_uint32"], generator["uinteger"]]
+        return {"place": self._place, "fresh": self._fresh, "epoch": self.epoch, "random": words, "half": half}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self._place, self._fresh, self.epoch = state["place"], state["fresh"], state["epoch"]
+        generator = self._random.bit_generator.state
+        generator["state"] = {name: int(word) for name, word in state["random"].items()}
+        generator["has_uint32"], generator["uinteger"] = state["half"]
+        self._random.bit_generator.state = generator

@@ -1,0 +1,107 @@
+"""How gradients become updates: AdamW or the paper's Adagrad, the learning rate over a run, and clipping.
+
+Knows the names of parameters (some are not decayed), no data and no files.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.config import OptimConfig
+
+
+class Optimizer:
+    """The optimizer of a run with its clipping and its schedule."""
+
+    def __init__(self, network: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        # Vectors (norms, biases, spans) have no scale to decay; the position table is one matrix that all layers share.
+        decayed = [p for p in self._parameters if p.dim() >= 2]
+        rest = [p for p in self._parameters if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self._inner: torch.optim.Optimizer
+        if config.name == "adagrad":
+            self._inner = ClippedAdagrad(groups, lr=config.lr, grad_clip=config.grad_clip)
+        else:
+            self._inner = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+    def clip(self) -> float:
+        """Bound the global gradient norm (AdamW; the Adagrad of the paper bounds each parameter's own) and return it."""
+        bound = self.config.grad_clip if self.config.name == "adamw" and self.config.grad_clip else math.inf
+        return float(nn.utils.clip_grad_norm_(self._parameters, bound))
+
+    def step(self, *, step: int, share: float) -> float:
+        """Update, forget the gradients, and return the learning rate used.
+
+        Args:
+            step: updates made before this one.
+            share: how much of the run is done, 0 .. 1.
+        """
+        rate = learning_rate(self.config, step=step, share=share)
+        for group in self._inner.param_groups:
+            group["lr"] = rate
+        self._inner.step()
+        self.zero_grad()
+        return rate
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._inner.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the inner optimizer."""
+        return self._inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._inner.load_state_dict(state)
+
+
+def learning_rate(config: OptimConfig, *, step: int, share: float) -> float:
+    """Linear warm-up over `warmup_steps`, then the schedule down to `final_lr_fraction` of the peak at the end of the run.
+
+    constant stays at the peak; cosine falls from the start; trapezoid falls in a line over the last `decay_fraction`.
+    """
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    match config.schedule:
+        case "constant":
+            left = 1.0
+        case "cosine":
+            left = 0.5 * (1 + math.cos(math.pi * share))
+        case "trapezoid":
+            left = min(1.0, (1 - share) / config.decay_fraction)
+    return config.lr * warm * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
+
+
+class ClippedAdagrad(torch.optim.Optimizer):
+    """Adagrad whose step, not its accumulator, is scaled down where a parameter's gradient norm exceeds a bound.
+
+    The optimizer of the paper's character models: the squares of the unclipped gradient are summed; a gradient of norm
+    n > clip takes a step of lr * clip / n.
+    """
+
+    def __init__(self, params: Any, *, lr: float, grad_clip: float, eps: float = 1e-10) -> None:
+        super().__init__(params, {"lr": lr, "grad_clip": grad_clip, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["sum"] = torch.zeros_like(parameter)
+        gradient = gradient + group["weight_decay"] * parameter if group["weight_decay"] else gradient
+        rate = torch.full((), group["lr"], device=gradient.device)
+        if group["grad_clip"]:
+            rate = rate * (group["grad_clip"] / (gradient.norm() + group["eps"])).clamp(max=1)
+        state["sum"].addcmul_(gradient, gradient)
+        parameter.sub_(rate * gradient / (state["sum"].sqrt() + group["eps"]))
