@@ -1,9 +1,9 @@
-"""Attention over context and persistent vectors under one softmax: the definition, and its faster twin for one new token.
+"""Attention over context and persistent vectors under one softmax: the definition, and its twin for one new token.
 
 Sizes: B rows, H heads, T new tokens, S context slots, N persistent vectors, D head size.
-Queries arrive scaled by 1/sqrt(D), persistent pairs scaled by sqrt(D) and sqrt(N). Nothing here knows layers or weights.
+Queries arrive scaled by 1/sqrt(D), persistent pairs by sqrt(D) and sqrt(N). Nothing here knows layers or weights.
 
-The definition works head first, [H, B, T, D], so that persistent vectors, which all rows share, are one product per head.
+The definition works head first, [H, B, T, D], so that persistent vectors, shared by all rows, are one product per head.
 The twin works row first, [B, H, D], so that the first rows of a ring are one contiguous piece of memory.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 class Block(NamedTuple):
     """Key/value pairs that take part in one joint softmax.
 
-    `bias` is added to their scores; `mass` multiplies their probabilities before everything is renormalised, which equals
-    a bias of log(mass) where the mass is positive, but keeps an exact gradient where it is zero.
+    `bias` is added to their scores; `mass` multiplies their probabilities before all are renormalised, which equals a
+    bias of log(mass) where the mass is positive, but keeps an exact gradient where it is zero.
     """
 
     key: Tensor  # [H, B, S, D], or [H, N, D] when all rows share them
@@ -96,7 +96,7 @@ def banded_attention(
 
 
 def to_band(by_distance: Tensor, *, outside: float) -> Tensor:
-    """Shift row t of [..., T, S] right by t: from columns that count distance to columns that count keys, [..., T, S + T]."""
+    """Shift row t of [..., T, S] right by t: columns that count distance become columns of keys, [..., T, S + T]."""
     *lead, num_rows, num_slots = by_distance.shape
     width = num_slots + num_rows
     padded = F.pad(by_distance, (0, num_rows + 1), value=outside)  # [..., T, S + T + 1]

@@ -1,10 +1,11 @@
 """The network as it is served: everything that training left constant is folded into tables, and a step is a delta.
 
-`bake` is a pure function of a trained network. A step reads the rings, returns hidden states and the new keys and values,
-and changes nothing; the owner of the cache commits them. There are two steps, equal by test: `decode` takes one token of
-each of the first rows straight from the rings, `extend` takes many tokens of any rows (prompts, documents).
+`bake` is a pure function of a trained network. A step reads the rings, returns hidden states and the new keys and
+values, and changes nothing; the owner of the cache commits them. There are two steps, equal by test: `decode` takes one
+token of each of the first rows straight from the rings, `extend` many tokens of any rows (prompts, documents).
 
-Sizes: B rows, T new tokens, E width, H heads, h heads of a group, D head size, S slots, N persistent vectors, V vocabulary.
+Sizes: B rows, T new tokens, E width, H heads, h heads of a group, D head size, S slots, N persistent vectors,
+V vocabulary.
 """
 
 import math
@@ -51,8 +52,9 @@ class BakedLayer(nn.Module):
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[..., E] -> scaled queries [..., H, D] and pairs of key and value [..., H, 2 D]."""
         heads, head, _ = self.persistent_key.shape
-        query, pair = F.linear(hidden, self.qkv).split((heads * head, 2 * heads * head), -1)
-        return query.unflatten(-1, (heads, head)), pair.unflatten(-1, (heads, 2 * head))
+        query, pair = torch.split(F.linear(hidden, self.qkv), [heads * head, 2 * heads * head], -1)
+        lead = hidden.shape[:-1]
+        return query.view(*lead, heads, head), pair.view(*lead, heads, 2 * head)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual and norm: [..., E] and [..., H, D] -> [..., E]."""
@@ -97,7 +99,7 @@ class BakedLM(nn.Module):
         self.embedding = nn.Buffer(network.embedding.weight.clone())
         self.output_weight = nn.Buffer(network.output.weight.clone())
         self.output_bias = nn.Buffer(network.output.bias.clone())
-        self.layers = nn.ModuleList()
+        self.layers: list[BakedLayer] = nn.ModuleList()  # type: ignore[assignment]
         self.spans: list[list[int]] = []  # for each layer, the reach of each head in the order of training, in tokens
         masks: dict[int, list[Tensor]] = {}
         self._table_rows: list[list[slice]] = []  # for each layer and group, its heads in the table of its size
@@ -118,7 +120,7 @@ class BakedLM(nn.Module):
                 rows.append(slice(first, first + group.num_heads))
                 known.append(mask)
             self._table_rows.append(rows)
-        self.tables = nn.ModuleDict(
+        self.tables: dict[str, SlotTables] = nn.ModuleDict(  # type: ignore[assignment]
             {str(size): SlotTables(network.position[:, :size], torch.cat(known)) for size, known in masks.items()}
         )
         self.requires_grad_(False)

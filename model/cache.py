@@ -1,7 +1,8 @@
 """The state of live streams: for every layer and head group a ring of projected keys and values, of constant size.
 
-Sizes: R rows, h heads of a group, S slots of its rings, D head size. A key and its value lie side by side, [R, h, S, 2 D].
-The token at position p lies in slot p % S. Owns the memory and the lengths; knows no weights and no scheduling.
+Sizes: R rows, h heads of a group, S slots of its rings, D head size. A key and its value lie side by side,
+[R, h, S, 2 D]. The token at position p lies in slot p % S. Owns the memory and the lengths; knows no weights and no
+scheduling.
 """
 
 import math
@@ -142,5 +143,5 @@ def group_heads(reaches: Sequence[int], *, max_span: int) -> tuple[list[HeadGrou
 
 def _ring_size(reach: int, *, limit: int) -> int:
     """Round up to four steps an octave, so that layers share few sizes and thereby their tables."""
-    step = max(8, 2 ** max(0, reach.bit_length() - 3))
+    step = max(8, 1 << max(0, reach.bit_length() - 3))
     return min(limit, math.ceil(reach / step) * step)

@@ -1,4 +1,4 @@
-"""The shape of a model as data, and with it the name and shape of every weight. Knows no torch, so every process may read it."""
+"""The shape of a model as data, and with it the name and shape of every weight. Knows no torch."""
 
 import math
 from itertools import pairwise
@@ -44,8 +44,8 @@ class ModelShape(BaseModel):
     )
     empty_slots: Literal["masked", "zero"] = Field(
         default="masked",
-        description='what a query sees before the stream began: nothing, or (as the official code) zero vectors that "p" '
-        "alone gives a share of the attention",
+        description="what a query sees before the stream began: nothing, or, as in the official code, zero vectors that "
+        "take a share of the attention through the position term",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The network as it is trained: attention layers over cached hidden states, with spans and persistent vectors that learn.
+"""The network as it is trained: attention over cached hidden states, with spans and persistent vectors that learn.
 
 Sizes: B streams, M tokens of a block, E width, H heads, D head size, N persistent vectors, L maximum span, S reach, V
 vocabulary. Knows no optimizer and no data; `model.baked` turns it into what is served.
@@ -58,17 +58,15 @@ class PersistentAttention(nn.Module):
         """Map the layer's inputs [B, M, E] to its outputs [B, M, E].
 
         Args:
-            past: [B, S, E], inputs of this layer at the S positions before the block; S is the reach of the widest head.
+            past: [B, S, E], inputs of this layer at the S positions before the block; S = reach of the widest head.
             position: [D, S], column s for distance S - s.
             filled: [B], how many of the S positions exist; None if all do.
         """
         config = self.config
         context = torch.cat((past, hidden), 1)  # [B, S + M, E]
         query = self._heads(self.query(hidden)) / math.sqrt(config.head_size)  # [H, B, M, D]
-        key, value = (
-            self._heads(self.key(context)),
-            self._heads(self.value(context)),
-        )  # [H, B, S + M, D]
+        key = self._heads(self.key(context))  # [H, B, S + M, D]
+        value = self._heads(self.value(context))
         persistent = Block(
             (self.persistent_key * math.sqrt(config.head_size)).to(key.dtype),
             (self.persistent_value * math.sqrt(config.num_persistent)).to(key.dtype),
@@ -91,7 +89,8 @@ class PersistentAttention(nn.Module):
                 )
             )
         attended = torch.cat(outputs, 2).permute(1, 2, 0, 3).flatten(2)  # [B, M, E]
-        return self.norm(hidden + self.out(attended.to(hidden.dtype)))
+        output: Tensor = self.norm(hidden + self.out(attended.to(hidden.dtype)))
+        return output
 
     def _heads(self, projected: Tensor) -> Tensor:
         """[B, T, E] -> [H, B, T, D]"""
@@ -113,7 +112,9 @@ class AllAttentionLM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(torch.randn(config.head_size, config.max_span))
-        self.layers = nn.ModuleList(PersistentAttention(config) for _ in range(config.num_layers))
+        self.layers: list[PersistentAttention] = nn.ModuleList(  # type: ignore[assignment]
+            PersistentAttention(config) for _ in range(config.num_layers)
+        )
         self.output = nn.Linear(config.width, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
@@ -175,7 +176,7 @@ class AllAttentionLM(nn.Module):
 
 
 def span_mask(span: Tensor, *, num_slots: int, config: ModelConfig) -> Tensor:
-    """The soft mask m(d) = clip((1 - d + z L) / R + 1, 0, 1) of each head at distances 1 .. num_slots, [H, S], in fp32."""
+    """The soft mask m(d) = clip((1 - d + z L) / R + 1, 0, 1) of each head at distance 1 .. num_slots, [H, S], fp32."""
     distance = torch.arange(1, num_slots + 1, device=span.device, dtype=torch.float32)
     return ((1 - distance + span.float()[:, None] * config.max_span) / config.span_ramp + 1).clamp(0, 1)
 

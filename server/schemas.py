@@ -23,6 +23,7 @@ def _form_of_inputs(value: Any) -> str | None:
     return {str: "texts", int: "ids", list: "batch"}.get(type(first))
 
 
+InputsValue = str | list[str] | list[int] | list[list[int]]
 Inputs = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[list[str], Field(fail_fast=True), Tag("texts")]
@@ -31,9 +32,18 @@ Inputs = Annotated[
     Discriminator(
         _form_of_inputs,
         custom_error_type="inputs",
-        custom_error_message="must be a text, a list of texts, a list of token ids or a list of lists of token ids",
+        custom_error_message="it should be a text, a list of token ids, or a list of one or more of either",
     ),
     Field(description="a text or a list of token ids; or a list of either, answered by an array in the same order"),
+]
+
+Prefix = Annotated[
+    Annotated[str, Field(min_length=1), Tag("text")] | Annotated[TokenId, Tag("id")],
+    Discriminator(
+        lambda value: {str: "text", int: "id"}.get(type(value)),
+        custom_error_type="prefix",
+        custom_error_message="it should be a text or a token id",
+    ),
 ]
 
 
@@ -106,18 +116,12 @@ class GenerateRequest(RequestBody):
     parameters: Parameters = Parameters()
     stream: bool = Field(default=False, description="answer with server-sent events, one a token")
 
-    @model_validator(mode="after")
-    def _plain_reply_is_finite(self) -> Self:
-        if self.parameters.max_new_tokens is None and not self.stream:
-            raise InvalidField.of("parameters.max_new_tokens", value=None, allowed="null is for streams only")
-        return self
-
 
 class ScoreRequest(RequestBody):
     """Body of POST /score."""
 
     inputs: Inputs
-    prefix: Annotated[str, Field(min_length=1)] | TokenId | None = Field(
+    prefix: Prefix | None = Field(
         default=None,
         description="a text or a token id that is read before each input, so that its first token has a score",
     )
@@ -159,8 +163,8 @@ def _request_error(error: ValidationError, *, model: type[BaseModel]) -> Request
         return InvalidField(f"{field}: unknown field; there are {known}", param=field)
     if kind == "missing":
         return InvalidField(f"{field}: missing", param=field)
-    allowed = first["msg"].replace("Input should", "it should")
-    if kind.startswith(("greater_than", "less_than")):
+    allowed = first["msg"] if "should" not in first["msg"] else "it should" + first["msg"].partition("should")[2]
+    if kind.startswith(("greater_than", "less_than")) and name in owner.model_fields:
         allowed = _bounds(owner.model_fields[name])
     return InvalidField.of(field, value=first["input"], allowed=allowed)
 

@@ -1,7 +1,7 @@
 """The text of one growing sequence: bytes become characters, and stop strings end it. Knows no request and no engine.
 
-Stop strings are found by an Aho-Corasick automaton (Aho and Corasick 1975): its state after a text is the longest suffix
-of the text that begins some stop string, which is exactly what must be held back, and a character costs the same for one
+Stop strings are found by an Aho-Corasick automaton (Aho and Corasick 1975): its state after a text is the longest
+suffix that begins some stop string, which is exactly what must be held back, and a character costs the same for one
 stop string as for a thousand.
 """
 

@@ -1,6 +1,6 @@
 """The equations of the all-attention model (arXiv 1907.01470; DESIGN.md section 1) as slow, plain loops in float64.
 
-Owns what "right" means for every other path. Knows nothing of model/: it takes weights by their bundle names, and tokens.
+Owns what "right" means for every other path. Knows nothing of model/: it takes named weights and tokens.
 Two forms, written separately so that each checks the other:
 
 - `logits`, `attention`: numpy, one probability at a time, whole streams that start fresh at token 0;

@@ -23,7 +23,7 @@ WORDS: dict[str, object] = {"vocab_size": 100, "embedding": "adaptive", "adaptiv
 # The paper's models (arXiv 1907.01470) and their millions of parameters. Vocabularies: the distinct byte values of
 # enwik8, the letters and the space of text8, the words of WikiText-103 with its end of line.
 ENWIK8, TEXT8, WIKITEXT103 = 205, 27, 267735
-PAPER = {
+PAPER: dict[str, tuple[dict[str, object], int]] = {
     "enwik8_18l": ({"vocab_size": ENWIK8, "num_layers": 18, "num_persistent": 1024, "max_span": 8192}, 39),
     "enwik8_36l": ({"vocab_size": ENWIK8, "num_layers": 36, "num_persistent": 2048, "max_span": 8192}, 114),
     "text8_18l": ({"vocab_size": TEXT8, "num_layers": 18, "num_persistent": 1024, "max_span": 8192}, 38),

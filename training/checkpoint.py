@@ -47,7 +47,9 @@ def load_latest(folder: Path, *, config: dict[str, Any]) -> dict[str, Any] | Non
         except Exception as error:  # torch raises half a dozen types for a file that is not whole
             warnings.warn(f"{path} cannot be read ({error}); trying the checkpoint before it", stacklevel=2)
             continue
-        changed = sorted(key for key in config.keys() | state["config"].keys() if config.get(key) != state["config"].get(key))
+        changed = sorted(
+            key for key in config.keys() | state["config"].keys() if config.get(key) != state["config"].get(key)
+        )
         if changed:
             raise CheckpointError(
                 f"{path} was written by a run with other settings ({', '.join(changed)} differ); use those settings, "

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from model.config import ModelShape
 
@@ -26,11 +32,17 @@ class Section(BaseModel):
 class DataConfig(Section):
     """What is read, and in what portions."""
 
-    name: str = Field(default="", description="shakespeare, classics8, enwik8, text8, wikitext103, or empty with a path")
-    path: Path | None = Field(default=None, description="the corpus: a file, or a folder of train.txt, valid.txt, test.txt")
+    name: str = Field(
+        default="", description="shakespeare, classics8, enwik8, text8, wikitext103, or empty with a path"
+    )
+    path: Path | None = Field(
+        default=None, description="the corpus: a file, or a folder of train.txt, valid.txt, test.txt"
+    )
     batch: int = Field(ge=1, description="streams that are read side by side")
     block: int = Field(ge=1, description="tokens of each stream that a step learns from")
-    reset_prob: float = Field(default=0.0, ge=0, le=1, description="chance that a stream forgets its past before a block")
+    reset_prob: float = Field(
+        default=0.0, ge=0, le=1, description="chance that a stream forgets its past before a block"
+    )
     cache_dir: Path = Field(default=Path(".cache/allattn"), description="where tokenizers and encoded corpora are kept")
 
 
@@ -49,14 +61,22 @@ class OptimConfig(Section):
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="adamw: decay of the two moments")
     eps: float = Field(default=1e-8, gt=0, description="adamw: added to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="on matrices only")
-    grad_clip: float = Field(default=1.0, ge=0, description="adamw: global norm; adagrad: norm of each parameter; 0 = off")
+    grad_clip: float = Field(
+        default=1.0, ge=0, description="adamw: global norm; adagrad: norm of each parameter; 0 = off"
+    )
     warmup_steps: int = Field(default=0, ge=0, description="linear warm-up")
     schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
-    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="trapezoid: the last share of the run, in which lr falls")
+    decay_fraction: float = Field(
+        default=0.2, gt=0, le=1, description="trapezoid: the last share of the run, in which lr falls"
+    )
     final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="lr at the end, as a share of the peak")
-    span_penalty: float = Field(default=0.0, ge=0, description="times L times the mean z of the heads, summed over layers")
+    span_penalty: float = Field(
+        default=0.0, ge=0, description="times L times the mean z of the heads, summed over layers"
+    )
     max_steps: int = Field(ge=1, description="updates of the whole run")
-    max_seconds: float | None = Field(default=None, gt=0, description="end the schedule earlier, after so long in steps")
+    max_seconds: float | None = Field(
+        default=None, gt=0, description="end the schedule earlier, after so long in steps"
+    )
 
 
 class EvalConfig(Section):
@@ -76,13 +96,18 @@ class CheckpointConfig(Section):
 class RunConfig(BaseSettings):
     """Train an all-attention language model."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", cli_avoid_json=True, nested_model_default_partial_update=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", cli_avoid_json=True, nested_model_default_partial_update=True
+    )
 
     out: Path = Field(description="the bundle to write; checkpoints live in OUT.run until it is written")
     seed: int = Field(default=1, ge=0, description="of weights, dropout and stream resets")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 = matrix products under autocast")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16 = matrix products under autocast"
+    )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads; empty = as many as cores")
+    notes: Path | None = Field(default=None, description="Markdown that the bundle's card shall contain")
     model: ModelShape
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -119,7 +144,10 @@ def load_config(argv: Sequence[str]) -> RunConfig:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     try:
         source = CliSettingsSource[object](
-            RunConfig, cli_parse_args=flags, cli_exit_on_error=False, cli_prog_name="python -m training.run [CONFIG.toml]"
+            RunConfig,
+            cli_parse_args=flags,
+            cli_exit_on_error=False,
+            cli_prog_name="python -m training.run [CONFIG.toml]",
         )
         return RunConfig(_cli_settings_source=source, **table)
     except ValidationError as error:

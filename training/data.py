@@ -41,17 +41,22 @@ class Streams:
         self._random = np.random.default_rng(seed)
         self._place = 0  # of the next block in every stretch
         self._fresh = True  # the next block begins an epoch
-        self.epoch = 0
+        self._epoch = 0
 
     @property
     def blocks_per_epoch(self) -> int:
         """Whole blocks in a stretch that starts at its beginning."""
         return (self._stretch - 1) // self._block
 
+    @property
+    def epochs(self) -> float:
+        """How many times the split has been read."""
+        return self._epoch + self._place / self._stretch
+
     def next(self) -> Batch:
         """The next block of every stream."""
         if self._place + self._block >= self._stretch:
-            self.epoch += 1
+            self._epoch += 1
             self._place = int(self._random.integers(self._block))
             self._fresh = True
         window = self._lines[:, self._place : self._place + self._block + 1].astype(np.int64)
@@ -68,11 +73,11 @@ class Streams:
         generator = self._random.bit_generator.state
         words = {name: str(value) for name, value in generator["state"].items()}  # 128-bit integers
         half = [generator["has_uint32"], generator["uinteger"]]
-        return {"place": self._place, "fresh": self._fresh, "epoch": self.epoch, "random": words, "half": half}
+        return {"place": self._place, "fresh": self._fresh, "epoch": self._epoch, "random": words, "half": half}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
-        self._place, self._fresh, self.epoch = state["place"], state["fresh"], state["epoch"]
+        self._place, self._fresh, self._epoch = state["place"], state["fresh"], state["epoch"]
         generator = self._random.bit_generator.state
         generator["state"] = {name: int(word) for name, word in state["random"].items()}
         generator["has_uint32"], generator["uinteger"] = state["half"]

@@ -5,7 +5,7 @@ The order of a step: fresh streams, forward, loss, check, backward, clip, update
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,8 @@ class Run:
     def __init__(self, config: RunConfig, network: AllAttentionLM, tokens: np.ndarray) -> None:
         """tokens: [n] integers, the training split."""
         self.config = config
-        self.device = torch.device(config.device)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(auto if config.device == "auto" else config.device)
         self.network = network.to(self.device)
         self.streams = Streams(
             tokens,
@@ -55,6 +56,11 @@ class Run:
         self.cache: StreamCache = self.network.init_cache(config.data.batch)
         self.step_count = 0
         self.seconds = 0.0
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens learned from since the start of the run."""
+        return self.step_count * self.config.data.batch * self.config.data.block
 
     @property
     def share(self) -> float:
@@ -91,8 +97,7 @@ class Run:
         self.cache = cache
         self.step_count += 1
         self.seconds += time.perf_counter() - begun
-        tokens = self.step_count * inputs.numel()
-        return Report(self.step_count, tokens, nats, norm, rate, self.seconds)
+        return Report(self.step_count, self.tokens_seen, nats, norm, rate, self.seconds)
 
     def steps(self) -> Iterator[Report]:
         """Step until the run is done."""
@@ -111,7 +116,9 @@ class Run:
             with self._autocast():
                 hidden, cache = self.network(batch.inputs.to(self.device), cache)
                 logits = self.network.logits(hidden).float()
-            total += float(F.cross_entropy(logits.flatten(0, 1), batch.targets.to(self.device).flatten(), reduction="sum"))
+            total += float(
+                F.cross_entropy(logits.flatten(0, 1), batch.targets.to(self.device).flatten(), reduction="sum")
+            )
             count += batch.targets.numel()
         return total / count
 
@@ -153,6 +160,3 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-Hook = Callable[[Report], None]

@@ -1,0 +1,118 @@
+"""One HTTP exchange: the body arrives within its limit, and work lasts only as long as the client is there.
+
+Knows no model and no endpoint.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from server.errors import BodyTooLarge, InternalError, MalformedRequest, ServerError, error_body
+
+PING_S = 10.0
+INLINE_BYTES = 1 << 14  # reading less takes under a millisecond, as long as moving it to a thread
+
+Result = TypeVar("Result")
+SendEvent = Callable[[msgspec.Struct], Awaitable[None]]
+Job = Callable[[SendEvent], Coroutine[Any, Any, None]]
+
+
+async def read_body(request: Request, *, max_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        BodyTooLarge: as soon as more than `max_bytes` are announced or have arrived.
+        MalformedRequest: the Content-Length is not a number.
+    """
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdecimal():
+        raise MalformedRequest(f"Content-Length {announced!r} is not a number")
+    size, chunks = int(announced), []
+    arrived = 0
+    message = f"the body is larger than {max_bytes} bytes"
+    if size > max_bytes:
+        raise BodyTooLarge(message)
+    async for chunk in request.stream():
+        arrived += len(chunk)
+        if arrived > max_bytes:
+            raise BodyTooLarge(message)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def beside_the_loop(work: Callable[[], Result], *, size: int) -> Result:
+    """Do `work` on `size` bytes: in a thread where it would hold up the streams of others."""
+    return work() if size <= INLINE_BYTES else await asyncio.to_thread(work)
+
+
+async def while_connected(receive: Receive, jobs: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Run all jobs at once and return their results in order. The first failure cancels the others and is raised.
+
+    Raises:
+        ClientDisconnect: the client left first; every job was cancelled.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            watcher = group.create_task(_raise_when_gone(receive))
+            tasks = [group.create_task(job) for job in jobs]
+            await asyncio.wait(tasks)
+            watcher.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _raise_when_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientDisconnect
+
+
+class EventStream(Response):
+    """Server-sent events. Each job gets a function that sends one event; the answer ends when all jobs have."""
+
+    def __init__(self, jobs: Sequence[Job], *, request_id: str, ping_s: float = PING_S) -> None:
+        super().__init__(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._jobs = jobs
+        self._request_id = request_id
+        self._ping_s = ping_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Send the headers, the events as they come, and the end. A failure on the way is one last error event."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+        async def send_event(event: msgspec.Struct) -> None:
+            await send(_part(b"data: " + msgspec.json.encode(event) + b"\n\n"))
+
+        pings = asyncio.create_task(self._ping(send))
+        try:
+            await while_connected(receive, [job(send_event) for job in self._jobs])
+        except ClientDisconnect:
+            return
+        except Exception as failure:
+            error = failure if isinstance(failure, ServerError) else InternalError("an unexpected error")
+            if error is not failure:
+                logging.getLogger(__name__).exception("a stream failed")
+            body = msgspec.json.encode(error_body(error, request_id=self._request_id))
+            await send(_part(b"data: " + body + b"\n\n"))
+        finally:
+            pings.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _ping(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(self._ping_s)
+            await send(_part(b": ping\n\n"))
+
+
+def _part(body: bytes) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": True}

@@ -1,0 +1,88 @@
+"""What the server counts, for Prometheus. Names and meanings are vLLM's where it has them. Knows no request."""
+
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_fastapi_instrumentator import Instrumentator
+
+from server.messages import Step
+
+# A token takes well under a millisecond on a GPU, a long document minutes on a CPU.
+TIME_BUCKETS = tuple(scale * base for scale in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10) for base in (5, 10, 25))
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """All of them, in a registry of their own."""
+
+    def __init__(self, *, rows_used: Callable[[], int], num_waiting: Callable[[], int]) -> None:
+        """The two functions are read whenever the metrics are."""
+        self._registry = CollectorRegistry()
+        self._gauge("num_requests_running", "Sequences that hold a row.", rows_used)
+        self._gauge("rows_used", "Rows of the batch in use.", rows_used)
+        self._gauge("num_requests_waiting", "Sequences that wait for a row.", num_waiting)
+        self._first_token = self._time("time_to_first_token_seconds", "From admission to the first token.")
+        self._token_gap = self._time("inter_token_latency_seconds", "Between two tokens of a sequence.")
+        self._queue_time = self._time("request_queue_time_seconds", "Waiting for a row.")
+        self._latency = self._time("e2e_request_latency_seconds", "From admission to the ending.")
+        self._step = self._time("step_duration_seconds", "One step of the engine.", "phase")
+        self._batch = Histogram(
+            "allattn_batch_size", "Rows that a step decoded.", buckets=BATCH_BUCKETS, registry=self._registry
+        )
+        self._prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of finished generations.")
+        self._new_tokens = self._counter("generation_tokens_total", "Generated tokens.")
+        self._scored_tokens = self._counter("scored_tokens_total", "Tokens of finished scorings.")
+        self._finished = self._counter("requests_finished_total", "Sequences by their ending.", "finish_reason")
+        self._rejected = self._counter("requests_rejected_total", "Requests refused, by reason.", "reason")
+
+    def instrument(self, app: FastAPI) -> None:
+        """Count the HTTP requests of `app` too, and let it answer GET /metrics."""
+        instrumentator = Instrumentator(should_group_status_codes=False, registry=self._registry)
+        instrumentator.instrument(app).expose(app, tags=["others"])
+
+    def observe_step(self, step: Step) -> None:
+        """One step of the engine, as it tells it. Steps without work are not counted."""
+        if not step.num_decoded and not step.num_prefilled:
+            return
+        phase = "mixed" if step.num_decoded and step.num_prefilled else "decode" if step.num_decoded else "prefill"
+        self._step.labels(phase).observe(step.seconds)
+        if step.num_decoded:
+            self._batch.observe(step.num_decoded)
+
+    def observe_first_token(self, seconds: float) -> None:
+        """Since the sequence was admitted."""
+        self._first_token.observe(seconds)
+        self._new_tokens.inc()
+
+    def observe_next_token(self, seconds: float) -> None:
+        """Since the token before."""
+        self._token_gap.observe(seconds)
+        self._new_tokens.inc()
+
+    def count_finished(
+        self, finish_reason: str, *, seconds: float, queue_s: float, prompt_tokens: int = 0, scored_tokens: int = 0
+    ) -> None:
+        """A sequence has had its ending, `seconds` after it was admitted."""
+        self._finished.labels(finish_reason).inc()
+        self._latency.observe(seconds)
+        self._queue_time.observe(queue_s)
+        self._prompt_tokens.inc(prompt_tokens)
+        self._scored_tokens.inc(scored_tokens)
+
+    def count_abandoned(self, finish_reason: str) -> None:
+        """A sequence had no answer: its client left ("cancelled") or the engine gave it up ("error")."""
+        self._finished.labels(finish_reason).inc()
+
+    def count_rejected(self, reason: str) -> None:
+        """A request was answered with an error. `reason` is the error's code."""
+        self._rejected.labels(reason).inc()
+
+    def _gauge(self, name: str, text: str, read: Callable[[], int]) -> None:
+        Gauge(f"allattn_{name}", text, registry=self._registry).set_function(read)
+
+    def _time(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"allattn_{name}", text, labels, buckets=TIME_BUCKETS, registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"allattn_{name}", text, labels, registry=self._registry)

@@ -1,0 +1,61 @@
+"""From `inputs` to token ids: the one place of the server where text is tokenised and ids are checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.tokenizer import Tokenizer, TokenizerError
+from server.errors import InvalidField
+from server.schemas import InputsValue
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One input: its ids, at least one, and the text that stands for them in a reply."""
+
+    tokens: list[int]
+    text: str
+
+
+def is_list_of_inputs(inputs: InputsValue) -> bool:
+    """Whether the answer is an array: a text is one input, and so is a list of ids."""
+    return isinstance(inputs, list) and not isinstance(inputs[0], int)
+
+
+def read_prompts(inputs: InputsValue, *, tokenizer: Tokenizer, max_inputs: int) -> list[Prompt]:
+    """One prompt for each input, in order. Work in proportion to the length of the inputs: see `beside_the_loop`.
+
+    Raises:
+        InvalidField: an input is empty or holds an unknown id, or there are more inputs than can ever be admitted.
+    """
+    if not is_list_of_inputs(inputs):
+        return [read_prompt(inputs, field="inputs", tokenizer=tokenizer)]  # type: ignore[arg-type]
+    if len(inputs) > max_inputs:
+        raise InvalidField(f"inputs: a list of {len(inputs)} is not allowed; at most {max_inputs}", param="inputs")
+    return [read_prompt(one, field=f"inputs.{i}", tokenizer=tokenizer) for i, one in enumerate(inputs)]  # type: ignore[arg-type]
+
+
+def read_prompt(one: str | Sequence[int], *, field: str, tokenizer: Tokenizer) -> Prompt:
+    """A single text or list of ids. Raises InvalidField, naming `field`."""
+    if isinstance(one, str):
+        try:
+            prompt = Prompt(tokenizer.encode(one), one)
+        except TokenizerError as error:
+            raise InvalidField(f"{field}: {error}", param=field) from None
+    else:
+        check_ids(one, field=field, tokenizer=tokenizer)
+        prompt = Prompt(list(one), tokenizer.decode(one))
+    if not prompt.tokens:
+        raise InvalidField.of(field, value=one, allowed="it should hold at least one token")
+    return prompt
+
+
+def check_ids(ids: Sequence[int], *, field: str, tokenizer: Tokenizer) -> None:
+    """Raise InvalidField where an id is not one of the tokenizer's."""
+    unknown = np.flatnonzero(np.asarray(ids, dtype=np.int64) >= tokenizer.vocab_size)
+    if len(unknown):
+        place = int(unknown[0])
+        raise InvalidField.of(
+            f"{field}.{place}", value=ids[place], allowed=f"token ids are 0 to {tokenizer.vocab_size - 1}"
+        )

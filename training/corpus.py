@@ -1,0 +1,227 @@
+"""Corpora: where text comes from, how it is split, and its tokens, encoded once and kept.
+
+A split is bytes until a tokenizer reads it. Knows nothing of batches.
+"""
+
+import hashlib
+import lzma
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from model.tokenizer import BytesTokenizer, Tokenizer, encode_corpus, load_tokenizer, train_bpe, train_words
+from training.config import DataConfig, TokenizerConfig
+
+SHAKESPEARE = Path(__file__).parent / "corpora" / "shakespeare.txt"
+CLASSICS8_SHA256 = (
+    "a6fc9fd30dc2bc0a4bb399a999df3bc2a5205491d4f6743f3864a52363048639",
+    "6c9bec257a1101acb75fe28563423066b5734dd6b8a8fa6f6cd1e7296cfffac5",
+    "432be13988668513cfedf725ebee0e5c8aafe81c3a25468a2039b1bcb81a8fcd",
+)
+TOKENIZER_SAMPLE = 20_000_000  # bytes of the training split from which a BPE is learned; more changes few merges
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be had or is not what its name says, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text in three splits."""
+
+    name: str
+    train: bytes
+    valid: bytes
+    test: bytes | None  # None where the corpus has none by convention
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A corpus as tokens."""
+
+    name: str
+    tokenizer: Tokenizer
+    train: np.ndarray  # [n] integers
+    valid: np.ndarray
+    test: np.ndarray | None
+    train_bytes: int
+    valid_bytes: int
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Read a corpus by name, or from a path: a folder of train/valid/test.txt, or one file that is split 90/5/5.
+
+    Raises:
+        CorpusError: unknown name, missing file, or a content that is not the named corpus.
+    """
+    if config.name:
+        if config.name not in _BY_NAME:
+            raise CorpusError(
+                f"data.name = {config.name!r} is unknown; allowed: {', '.join(_BY_NAME)}, or a data.path alone"
+            )
+        return _BY_NAME[config.name](config)
+    if config.path is None:
+        raise CorpusError(f"give data.name (one of {', '.join(_BY_NAME)}) or data.path (a text file or a folder)")
+    return _from_path(config.path)
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Dataset:
+    """Load a corpus, learn its tokenizer where it has one to learn, and encode it; both are cached on disk.
+
+    Raises:
+        CorpusError: see `load_corpus`; also a split that cannot be encoded.
+    """
+    corpus = load_corpus(data)
+    learned = _tokenizer(corpus, tokenizer, data.cache_dir)
+    return Dataset(
+        name=corpus.name,
+        tokenizer=learned,
+        train=_encode(corpus.train, learned, data.cache_dir),
+        valid=_encode(corpus.valid, learned, data.cache_dir),
+        test=None if corpus.test is None else _encode(corpus.test, learned, data.cache_dir),
+        train_bytes=len(corpus.train),
+        valid_bytes=len(corpus.valid),
+    )
+
+
+def _shakespeare(config: DataConfig) -> Corpus:
+    """The text of nanoGPT's shakespeare_char, split as there: first 90 % train, the rest valid, no test."""
+    text = _read(config.path or SHAKESPEARE)
+    cut = int(len(text) * 0.9)
+    return Corpus("shakespeare", text[:cut], text[cut:], None)
+
+
+def _classics8(config: DataConfig) -> Corpus:
+    """100 MB of public-domain books: 90/5/5 million bytes, whole other books in valid and test."""
+    corpus = _hundred_megabytes(config)
+    for part, expected in zip((corpus.train, corpus.valid, corpus.test), CLASSICS8_SHA256, strict=True):
+        assert part is not None
+        found = hashlib.sha256(part).hexdigest()
+        if found != expected:
+            raise CorpusError(f"{config.path} is not classics8: a split has sha256 {found}, expected {expected}")
+    return corpus
+
+
+def _hundred_megabytes(config: DataConfig) -> Corpus:
+    """enwik8's shape: 100,000,000 bytes, of which 90, 5 and 5 million are train, valid and test."""
+    if config.path is None:
+        raise CorpusError(
+            f"data.name = {config.name!r} is not downloaded by this version: give data.path, a local copy"
+        )
+    text = _read(config.path)
+    if len(text) != 100_000_000:
+        raise CorpusError(f"{config.path} has {len(text)} bytes; {config.name} has 100000000")
+    return Corpus(config.name, text[:90_000_000], text[90_000_000:95_000_000], text[95_000_000:])
+
+
+def _wikitext103(config: DataConfig) -> Corpus:
+    """WikiText-103's own three files."""
+    if config.path is None:
+        raise CorpusError("data.name = 'wikitext103' is not downloaded by this version: give data.path, a local folder")
+    names = ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")
+    return Corpus("wikitext103", *(_read(config.path / name) for name in names))
+
+
+_BY_NAME: dict[str, Callable[[DataConfig], Corpus]] = {
+    "shakespeare": _shakespeare,
+    "classics8": _classics8,
+    "enwik8": _hundred_megabytes,
+    "text8": _hundred_megabytes,
+    "wikitext103": _wikitext103,
+}
+
+
+def _from_path(path: Path) -> Corpus:
+    if path.is_dir():
+        return Corpus(path.name, *(_read(path / name) for name in ("train.txt", "valid.txt", "test.txt")))
+    text = _read(path)
+    cuts = [_character_start(text, len(text) * share // 100) for share in (90, 95)]
+    return Corpus(path.stem, text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :])
+
+
+def _character_start(text: bytes, place: int) -> int:
+    """The first place at or after `place` that does not cut a UTF-8 character."""
+    while place < len(text) and text[place] & 0xC0 == 0x80:
+        place += 1
+    return place
+
+
+def _read(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        text = lzma.decompress(content) if path.suffix == ".xz" else content
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+    except lzma.LZMAError as error:
+        raise CorpusError(f"{path} is not a whole xz file: {error}") from error
+    if not text:
+        raise CorpusError(f"{path} is empty")
+    return text
+
+
+def _tokenizer(corpus: Corpus, config: TokenizerConfig, cache: Path) -> Tokenizer:
+    if config.kind == "bytes":
+        return BytesTokenizer()
+    sample = corpus.train if config.kind == "word" else corpus.train[:TOKENIZER_SAMPLE]
+    path = cache / f"{_key(sample, config.model_dump_json().encode())}.tokenizer.json"
+    if not path.exists():
+        text = sample[: _last_character(sample)].decode("utf-8")
+        if config.kind == "bpe":
+            if config.vocab_size is None:
+                raise CorpusError("tokenizer.vocab_size is missing; a bpe needs it, for example 4096")
+            learned: Tokenizer = train_bpe([text], vocab_size=config.vocab_size)
+        else:
+            learned = train_words([text], vocab_size=config.vocab_size)
+        _write_atomically(path, learned.save)
+    return load_tokenizer(path)
+
+
+def _last_character(text: bytes) -> int:
+    """Where to cut so that the last character is whole."""
+    place = len(text)
+    while place and text[place - 1] & 0xC0 == 0x80:
+        place -= 1
+    return place if place == len(text) else max(0, place - 1)
+
+
+def _encode(text: bytes, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
+    if isinstance(tokenizer, BytesTokenizer):
+        return np.frombuffer(text, np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder) / "tokenizer.json")
+        description = (Path(folder) / "tokenizer.json").read_bytes()
+    path = cache / f"{_key(text, description)}.npy"
+    if not path.exists():
+        try:
+            decoded = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"byte {error.start} is not UTF-8; tokenizer.kind = 'bytes' reads any file") from error
+        with tqdm(total=len(decoded), desc="encode", unit="char", unit_scale=True) as bar:
+            tokens = encode_corpus(tokenizer, decoded, progress=bar.update)
+
+        def save(place: Path) -> None:
+            with place.open("wb") as file:
+                np.save(file, tokens)
+
+        _write_atomically(path, save)
+    encoded: np.ndarray = np.load(path, mmap_mode="r")
+    return encoded
+
+
+def _key(text: bytes, description: bytes) -> str:
+    return hashlib.sha256(hashlib.sha256(text).digest() + description).hexdigest()[:24]
+
+
+def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,74 @@
+"""The person at the terminal: what they see of a run, and how they stop it."""
+
+import math
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+from training.loop import Report
+
+SMOOTHING = 0.95  # of the loss shown: about the mean of the last 20 steps
+
+
+class ProgressBar:
+    """One line: how far the run is, loss in bits per byte, tokens per second, time left."""
+
+    def __init__(self, *, nats_per_bit: float, share: float) -> None:
+        """nats_per_bit: nats per token that make one bit per byte; share: how much of the run is done, 0 .. 1."""
+        self._nats_per_bit = nats_per_bit
+        layout = "{percentage:5.1f}% |{bar:24}| {elapsed}<{remaining} {postfix}"
+        self._bar = tqdm(total=1.0, initial=share, bar_format=layout)
+        self._loss = math.nan
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, report: Report, *, share: float) -> None:
+        """Move on to what a step reported."""
+        old = self._loss if math.isfinite(self._loss) else report.loss
+        self._loss = SMOOTHING * old + (1 - SMOOTHING) * report.loss
+        rate = report.tokens / report.seconds
+        self._bar.set_postfix_str(
+            f"step {report.step}, {self._loss / self._nats_per_bit:.3f} bits/byte, {rate:,.0f} tokens/s", refresh=False
+        )
+        self._bar.update(share - self._bar.n)
+
+    def note(self, report: Report, *, valid: float) -> None:
+        """Leave a line above the bar. valid: nats per token on the validation split."""
+        train, valid = self._loss / self._nats_per_bit, valid / self._nats_per_bit
+        self._bar.write(
+            f"step {report.step:7d}  {report.seconds:7.0f} s  train {train:.4f}  valid {valid:.4f} bits/byte  "
+            f"lr {report.learning_rate:.2e}  gradient {report.gradient_norm:.2f}"
+        )
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a question asked between two steps; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
