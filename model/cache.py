@@ -109,12 +109,12 @@ class RingCache:
         device: torch.device,
     ) -> tuple[Tensor, ...]:
         """Which tokens stay in rings of this size and where: (entry of `new`, its token, row, slot), each [n]."""
-        places = []
-        for entry, (row, count) in enumerate(zip(rows, num_new, strict=True)):
-            token = np.arange(max(0, count - num_slots), count)
-            slot = (self.lengths[row] + token) % num_slots
-            places.append(np.stack((np.full_like(token, entry), token, np.full_like(token, row), slot)))
-        return tuple(torch.from_numpy(np.concatenate(places, 1)).to(device))
+        counts = np.asarray(num_new)[:, None]
+        tokens = np.arange(counts.max())
+        entry, token = np.nonzero((tokens < counts) & (tokens >= counts - num_slots))
+        row = np.asarray(rows)[entry]
+        slot = (self.lengths[row] + token) % num_slots
+        return tuple(torch.from_numpy(place).to(device) for place in (entry, token, row, slot))
 
     def _all(self) -> list[Tensor]:
         return [ring for layer in self.rings for ring in layer]

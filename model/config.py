@@ -35,7 +35,6 @@ class ModelShape(BaseModel):
         default="plain",
         description="adaptive = adaptive input and adaptive softmax with tied weights, for words",
     )
-    tie_embeddings: bool = Field(default=False, description="plain only: one table for input and output")
     adaptive_cutoffs: tuple[int, ...] = Field(default=(), description="adaptive only: first id of each further cluster")
     adaptive_div: int = Field(
         default=4,
@@ -52,8 +51,6 @@ class ModelShape(BaseModel):
     def _consistent(self) -> Self:
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
-        if self.embedding == "adaptive" and self.tie_embeddings:
-            raise ValueError("tie_embeddings is for embedding = 'plain'; adaptive embeddings are always tied")
         if self.embedding == "plain" and self.adaptive_cutoffs:
             raise ValueError(f"adaptive_cutoffs {list(self.adaptive_cutoffs)} needs embedding = 'adaptive'")
         return self
@@ -109,13 +106,10 @@ class ModelConfig(ModelShape):
 
     def _embedding_shapes(self) -> dict[str, tuple[int, ...]]:
         if self.embedding == "plain":
-            shapes = {
-                "embedding.weight": (self.vocab_size, self.width),
-                "output.bias": (self.vocab_size,),
-            }
-            return shapes if self.tie_embeddings else shapes | {"output.weight": (self.vocab_size, self.width)}
+            table = (self.vocab_size, self.width)
+            return {"embedding.weight": table, "output.weight": table, "output.bias": (self.vocab_size,)}
         edges = (0, *self.adaptive_cutoffs, self.vocab_size)
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for i, (low, high) in enumerate(pairwise(edges)):
             narrow = self.width // self.adaptive_div**i
             shapes[f"embedding.tables.{i}.weight"] = (high - low, narrow)

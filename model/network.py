@@ -116,9 +116,6 @@ class AllAttentionLM(nn.Module):
             PersistentAttention(config) for _ in range(config.num_layers)
         )
         self.output = nn.Linear(config.width, config.vocab_size)
-        if config.tie_embeddings:
-            self.output.weight = self.embedding.weight
-            nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
 
     def init_cache(self, num_streams: int) -> StreamCache:
         """The cache of streams that have not begun."""

@@ -1,7 +1,7 @@
 """Text to ids and back: byte, byte-level BPE and word tokenizers, their training, and decoding as a stream.
 
-Owns tokenizer.json, which is a valid file of the `tokenizers` library for all three kinds (bytes are a BPE without merges
-whose ids are the byte values), so other programs read the same ids. Knows no torch, no model and no corpus.
+Owns tokenizer.json, which is a valid file of the `tokenizers` library for all three kinds (bytes are a BPE without
+merges whose ids are the byte values), so other programs read the same ids. Knows no torch and no model.
 """
 
 import codecs
@@ -30,7 +30,7 @@ _WORD = r"\n|[^\s\x1c-\x1f]+"  # the line end, and the words of str.split(), whi
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table), in the bytes' order."""
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table), by byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     own = [letter for letter in letters if ord(letter) < 256]  # these stand for their own code
     missing = sorted(set(range(256)) - set(map(ord, own)))
@@ -127,8 +127,8 @@ class BpeTokenizer(Tokenizer):
 class WordTokenizer(Tokenizer):
     r"""Words between whitespace, and the line end, as in WikiText-103 and the paper; `eos_id` is the line end.
 
-    A word decodes to itself and one space, a line end to "\n". So ids -> text -> ids gives the same ids, but text -> ids ->
-    text keeps neither unknown words (they read "<unk>") nor the kind and number of spaces: each word is followed by one.
+    A word decodes to itself and one space, a line end to "\n". So ids -> text -> ids gives the same ids, but text ->
+    ids -> text keeps neither unknown words (they read "<unk>") nor the spaces as they were: one follows each word.
     The field appends <eos> to every line of a file; here each "\n" is one, so a last line without "\n" has none.
     """
 
@@ -217,10 +217,10 @@ def train_words(texts: Iterable[str], *, vocab_size: int | None = None) -> WordT
 
 
 def split_text(text: str, *, size: int = _PIECE_CHARS) -> Iterator[str]:
-    """Cut `text` into pieces of at least `size` characters (the last may be shorter) that encode as they do in the whole.
+    """Cut `text` into pieces of at least `size` characters (the last may be shorter) that encode as in the whole.
 
     A cut comes before a space or a newline that follows a non-space. No token of any kind spans that place: in GPT-2's
-    pattern a run may begin with one space but holds none later, and a run of spaces cannot end where a non-space precedes.
+    pattern only the first character of a run may be a space, and a run of spaces does not end after a non-space.
     """
     assert size >= 1
     start = 0

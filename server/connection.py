@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.errors import BodyTooLarge, InternalError, MalformedRequest, ServerError, error_body
+from server.errors import BodyTooLarge, InternalError, MalformedRequest, ServerError, error_reply
 
 PING_S = 10.0
 INLINE_BYTES = 1 << 14  # reading less takes under a millisecond, as long as moving it to a thread
@@ -102,8 +102,7 @@ class EventStream(Response):
             error = failure if isinstance(failure, ServerError) else InternalError("an unexpected error")
             if error is not failure:
                 logging.getLogger(__name__).exception("a stream failed")
-            body = msgspec.json.encode(error_body(error, request_id=self._request_id))
-            await send(_part(b"data: " + body + b"\n\n"))
+            await send_event(error_reply(error, request_id=self._request_id))
         finally:
             pings.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -18,7 +18,9 @@ ServerError
 # ruff: noqa: N818 - the names say what happened, as they read after `raise`
 
 import json
-from typing import Any, ClassVar
+from typing import ClassVar
+
+import msgspec
 
 
 class ServerError(Exception):
@@ -126,13 +128,27 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def error_body(error: ServerError, *, request_id: str) -> dict[str, Any]:
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """The part that OpenAI's clients read."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorReply(msgspec.Struct, frozen=True):
     """One body that OpenAI's, text-generation-inference's and huggingface_hub's clients can all parse."""
-    return {
-        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
-        "error_type": error.type,
-        "request_id": request_id,
-    }
+
+    error: ErrorInfo
+    error_type: str
+    request_id: str
+
+
+def error_reply(error: ServerError, *, request_id: str) -> ErrorReply:
+    """The body of an error, streamed or not."""
+    info = ErrorInfo(error.message, error.type, error.param, error.code)
+    return ErrorReply(info, error_type=error.type, request_id=request_id)
 
 
 def retry_headers(error: ServerError) -> dict[str, str]:

@@ -32,7 +32,7 @@ class GenerationPlan:
     ignore_eos: bool
     sequence: int | UnsetType = UNSET  # which input of a list
 
-    def message(self, id: str, *, eos_id: int | None) -> Generate:  # noqa: A002
+    def message(self, id: str, *, eos_id: int | None) -> Generate:
         """What the engine is told."""
         ends = self.stop_token_ids if self.ignore_eos or eos_id is None else self.stop_token_ids | {eos_id}
         return Generate(
@@ -65,7 +65,7 @@ class Generation:
         self._service = service
         self._text = OutputText(service.tokenizer, stops=plan.stops)
         self._pieces = [plan.echo]
-        self._num_tokens = 0
+        self.num_tokens = 0
         self._logprob_sum = 0.0
         self._end_token: int | None = None
         self._last_token_at = live.submitted
@@ -87,7 +87,7 @@ class Generation:
                     assert isinstance(message, Token)
                     token = self._take(message)
                     if not self._is_complete:
-                        await emit(GenerateEvent(self._num_tokens, token, sequence=self.plan.sequence))
+                        await emit(GenerateEvent(self.num_tokens, token, sequence=self.plan.sequence))
                         continue
                     if self._text.matched_stop is not None:
                         live.cancel()
@@ -119,15 +119,15 @@ class Generation:
         return (
             self._end_token is not None
             or self._text.matched_stop is not None
-            or self._num_tokens == self.plan.max_new_tokens
+            or self.num_tokens == self.plan.max_new_tokens
         )
 
     def _take(self, message: Token) -> TokenInfo:
         now = time.perf_counter()
         metrics = self._service.metrics
-        (metrics.observe_next_token if self._num_tokens else metrics.observe_first_token)(now - self._last_token_at)
+        (metrics.observe_next_token if self.num_tokens else metrics.observe_first_token)(now - self._last_token_at)
         self._last_token_at = now
-        self._num_tokens += 1
+        self.num_tokens += 1
         self._logprob_sum += message.logprob
         is_eos = message.token == self._service.tokenizer.eos_id
         if (is_eos and not self.plan.ignore_eos) or message.token in self.plan.stop_token_ids:
@@ -146,7 +146,7 @@ class Generation:
         finish_reason, matched = self._reason(ended)
         self.details = Details(
             finish_reason=finish_reason,
-            generated_tokens=self._num_tokens,
+            generated_tokens=self.num_tokens,
             prompt_tokens=len(self.plan.tokens),
             seed=self.plan.sampling.seed,
             matched_stop=matched,
@@ -160,7 +160,7 @@ class Generation:
             queue_s=ended.timings.queue_ms / 1000,
             prompt_tokens=len(self.plan.tokens),
         )
-        return GenerateEvent(self._num_tokens, token, "".join(self._pieces), self.details, sequence=self.plan.sequence)
+        return GenerateEvent(self.num_tokens, token, "".join(self._pieces), self.details, sequence=self.plan.sequence)
 
     def _reason(self, ended: Ended) -> tuple[FinishReason, str | int | None]:
         if self._text.matched_stop is not None:

@@ -12,10 +12,10 @@ from server.schemas import InputsValue
 
 @dataclass(frozen=True)
 class Prompt:
-    """One input: its ids, at least one, and the text that stands for them in a reply."""
+    """One input: its ids, at least one."""
 
     tokens: list[int]
-    text: str
+    text: str | None  # None where the client gave ids
 
 
 def is_list_of_inputs(inputs: InputsValue) -> bool:
@@ -45,7 +45,7 @@ def read_prompt(one: str | Sequence[int], *, field: str, tokenizer: Tokenizer) -
             raise InvalidField(f"{field}: {error}", param=field) from None
     else:
         check_ids(one, field=field, tokenizer=tokenizer)
-        prompt = Prompt(list(one), tokenizer.decode(one))
+        prompt = Prompt(list(one), None)
     if not prompt.tokens:
         raise InvalidField.of(field, value=one, allowed="it should hold at least one token")
     return prompt
@@ -59,3 +59,8 @@ def check_ids(ids: Sequence[int], *, field: str, tokenizer: Tokenizer) -> None:
         raise InvalidField.of(
             f"{field}.{place}", value=ids[place], allowed=f"token ids are 0 to {tokenizer.vocab_size - 1}"
         )
+
+
+def num_inputs(inputs: InputsValue) -> int:
+    """Number of sequences a request asks for."""
+    return len(inputs) if is_list_of_inputs(inputs) else 1

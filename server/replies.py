@@ -1,5 +1,6 @@
 """What the server says on success: typed structs that encode straight to JSON bytes. Knows no model and no HTTP."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -118,6 +119,6 @@ class HealthReply(Struct, frozen=True):
     model: ModelHealth
 
 
-def encode(reply: Struct | list[Struct]) -> bytes:
+def encode(reply: Struct | Sequence[Struct]) -> bytes:
     """JSON. Infinities and NaN become null."""
     return msgspec.json.encode(reply)

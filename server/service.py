@@ -116,7 +116,7 @@ class Service:
 class LiveSequence:
     """One admitted sequence: a context to be in while it lives, and the iterator of its messages."""
 
-    def __init__(self, stream: AsyncIterator[Token | Scores | Ended], *, id: str, service: Service) -> None:  # noqa: A002
+    def __init__(self, stream: AsyncIterator[Token | Scores | Ended], *, id: str, service: Service) -> None:
         self.id = id
         self.submitted = time.perf_counter()
         self.ended: Ended | None = None

@@ -149,7 +149,7 @@ def load_config(argv: Sequence[str]) -> RunConfig:
             cli_exit_on_error=False,
             cli_prog_name="python -m training.run [CONFIG.toml]",
         )
-        return RunConfig(_cli_settings_source=source, **table)
+        return RunConfig(_cli_settings_source=source, **table)  # type: ignore[call-arg]
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
     except SettingsError as error:

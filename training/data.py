@@ -78,7 +78,7 @@ class Streams:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
         self._place, self._fresh, self._epoch = state["place"], state["fresh"], state["epoch"]
-        generator = self._random.bit_generator.state
+        generator = dict(self._random.bit_generator.state)
         generator["state"] = {name: int(word) for name, word in state["random"].items()}
         generator["has_uint32"], generator["uinteger"] = state["half"]
         self._random.bit_generator.state = generator

@@ -82,9 +82,9 @@ class Run:
         with self._autocast():
             hidden, cache = self.network(inputs, self.cache.reset(batch.reset))
             loss = F.cross_entropy(self.network.logits(hidden).float().flatten(0, 1), targets.flatten())
-        (loss + self.config.optim.span_penalty * self.network.span_penalty()).backward()
+        (loss + self.config.optim.span_penalty * self.network.span_penalty()).backward()  # type: ignore[no-untyped-call]
         norm = self.optimizer.clip()
-        nats = float(loss)
+        nats = float(loss.detach())
         if not (math.isfinite(nats) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             raise NonFiniteLossError(

@@ -1,0 +1,322 @@
+"""The bundle: the folder that training ships and that export and server read.
+
+Owns its four files (model.safetensors, config.json, tokenizer.json, README.md), their checks, and writing them so that
+no reader and no crash ever sees half of them. Knows no torch: weights are numpy arrays, float32 or float16 on disk.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_tensors
+from safetensors.numpy import save as serialize_tensors
+
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+FORMAT: Literal[1] = 1
+WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
+_FILES = (WEIGHTS, CONFIG, TOKENIZER, CARD)
+_COPY_AGAIN = "copy the bundle again from where it was made"
+
+StoredDtype = Literal["float32", "float16"]
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be read or written; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder that passed every check of `open_bundle`. Holds no weights: `tensors` reads them when asked."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    card: str  # markdown
+    training: dict[str, Any]  # facts about the run, free in form
+    hash: str  # sha256 of model.safetensors, hex
+    size_bytes: int  # the four files together
+
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """Every weight as a fresh float32 array, named and shaped as `config.tensor_shapes()`, in that order.
+
+        Raises:
+            BundleError: model.safetensors is no longer the file that `open_bundle` checked.
+        """
+        stored = _read_weights(self.path, sha256=self.hash)
+        return {name: stored[name].astype(np.float32) for name in self.config.tensor_shapes()}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Weights(_Part):
+    sha256: str
+    dtype: StoredDtype
+    num_parameters: int
+
+
+class _TokenizerFile(_Part):
+    sha256: str
+
+
+class _Manifest(_Part):
+    """config.json as a whole."""
+
+    format: Literal[1]
+    model: ModelConfig
+    weights: _Weights
+    tokenizer: _TokenizerFile
+    training: dict[str, Any]
+
+
+def save_bundle(
+    path: str | Path,
+    *,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tensors: Mapping[str, NDArray[Any]],
+    card: str,
+    training: Mapping[str, Any],
+) -> None:
+    """Write a bundle at `path`, in place of the bundle that may be there. All checks come before the first byte.
+
+    `path` holds the old bundle or the new one, never part of one. For an instant between two renames it holds none: a
+    machine that dies right there leaves both beside it, whole, under hidden names.
+
+    Args:
+        tensors: all float32 or all float16, named and shaped as `config.tensor_shapes()`.
+        card: the README.md, markdown.
+        training: whatever is worth knowing about the run, as JSON.
+
+    Raises:
+        BundleError: tensors, tokenizer and config do not fit together, `training` is not JSON, or `path` holds
+            something that is not a bundle.
+    """
+    target = Path(path).resolve()
+    _check_replaceable(target)
+    _check_vocabulary(tokenizer, config=config, where="tokenizer")
+    dtype = _check_tensors(tensors, config=config, where="tensors")
+    facts = _as_json(training)
+    # safetensors reads an array's memory as it lies, so it must be contiguous.
+    weights = serialize_tensors({name: np.ascontiguousarray(tensors[name]) for name in config.tensor_shapes()})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _hidden_sibling(target, "new")
+    fresh.mkdir()
+    try:
+        tokenizer.save(fresh / TOKENIZER)
+        manifest = _Manifest(
+            format=FORMAT,
+            model=config,
+            weights=_Weights(sha256=_sha256(weights), dtype=dtype, num_parameters=config.num_parameters),
+            tokenizer=_TokenizerFile(sha256=_sha256((fresh / TOKENIZER).read_bytes())),
+            training=facts,
+        )
+        (fresh / WEIGHTS).write_bytes(weights)
+        (fresh / CONFIG).write_bytes(json.dumps(manifest.model_dump(mode="json"), indent=2).encode() + b"\n")
+        (fresh / CARD).write_bytes(card.encode())
+        _flush(*(fresh / name for name in _FILES), fresh)
+        _swap(fresh, target=target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # gone already if the swap came through
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Check a bundle in full, weights included, and return it.
+
+    Raises:
+        BundleError: a file is missing, cut short, changed, of another format, or does not fit the others.
+    """
+    folder = Path(path)
+    _check_present(folder)
+    manifest = _read_manifest(folder)
+    config = manifest.model
+    num_bytes = (folder / WEIGHTS).stat().st_size
+    least = config.num_parameters * np.dtype(manifest.weights.dtype).itemsize
+    if num_bytes < least:
+        raise BundleError(
+            f"{folder / WEIGHTS} is cut short: it has {num_bytes} bytes, its weights alone are {least}; {_COPY_AGAIN}"
+        )
+    tensors = _read_weights(folder, sha256=manifest.weights.sha256)
+    dtype = _check_tensors(tensors, config=config, where=str(folder / WEIGHTS))
+    _check_weight_facts(folder, facts=manifest.weights, dtype=dtype, num_parameters=config.num_parameters)
+    tokenizer = _read_tokenizer(folder, sha256=manifest.tokenizer.sha256)
+    _check_vocabulary(tokenizer, config=config, where=str(folder / TOKENIZER))
+    return Bundle(
+        path=folder,
+        config=config,
+        tokenizer=tokenizer,
+        card=_read_text(folder / CARD),
+        training=manifest.training,
+        hash=manifest.weights.sha256,
+        size_bytes=sum((folder / name).stat().st_size for name in _FILES),
+    )
+
+
+def _check_present(folder: Path) -> None:
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise BundleError(f"{folder} {problem}; a bundle is a folder with {', '.join(_FILES)}")
+    if missing := [name for name in _FILES if not (folder / name).is_file()]:
+        raise BundleError(f"{folder} lacks {', '.join(missing)}; a bundle has {', '.join(_FILES)}: {_COPY_AGAIN}")
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    file = folder / CONFIG
+    try:
+        document = json.loads(_read_text(file))
+    except json.JSONDecodeError as error:
+        raise BundleError(f"{file} is not valid JSON ({error}); {_COPY_AGAIN}") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{file} must hold a JSON object, not {type(document).__name__}; {_COPY_AGAIN}")
+    if document.get("format") != FORMAT:
+        raise BundleError(
+            f"{file}: format is {document.get('format')!r} and this version reads {FORMAT}; "
+            "open the bundle with the version of allattn that wrote it"
+        )
+    try:
+        return _Manifest.model_validate(document)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise BundleError(f"{file}: {faults}; {_COPY_AGAIN}") from error
+
+
+def _read_weights(folder: Path, *, sha256: str) -> dict[str, NDArray[Any]]:
+    file = folder / WEIGHTS
+    content = file.read_bytes()
+    _check_hash(file, content=content, sha256=sha256)
+    try:
+        return parse_tensors(content)
+    except (SafetensorError, KeyError) as error:  # KeyError: an element type that numpy has not
+        raise BundleError(f"{file} is not a safetensors file of float32 or float16 ({error!r})") from error
+
+
+def _read_tokenizer(folder: Path, *, sha256: str) -> Tokenizer:
+    file = folder / TOKENIZER
+    _check_hash(file, content=file.read_bytes(), sha256=sha256)
+    try:
+        return load_tokenizer(file)
+    except TokenizerError as error:
+        raise BundleError(str(error)) from error
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{file} is not UTF-8 text ({error}); {_COPY_AGAIN}") from error
+
+
+def _check_hash(file: Path, *, content: bytes, sha256: str) -> None:
+    if (found := _sha256(content)) != sha256:
+        raise BundleError(f"{file} was changed or cut short: its sha256 is {found} and not {sha256}; {_COPY_AGAIN}")
+
+
+def _check_vocabulary(tokenizer: Tokenizer, *, config: ModelConfig, where: str) -> None:
+    if tokenizer.vocab_size != config.vocab_size:
+        raise BundleError(
+            f"{where} has {tokenizer.vocab_size} tokens and the model's vocab_size is {config.vocab_size}; "
+            "they must be those the model was trained with"
+        )
+
+
+def _check_tensors(tensors: Mapping[str, NDArray[Any]], *, config: ModelConfig, where: str) -> StoredDtype:
+    """The one dtype of the weights, once names, shapes and values are right."""
+    shapes = config.tensor_shapes()
+    if missing := shapes.keys() - tensors.keys():
+        raise BundleError(f"{where}: missing {', '.join(sorted(missing))}")
+    if unexpected := tensors.keys() - shapes.keys():
+        raise BundleError(f"{where}: unexpected {', '.join(sorted(unexpected))}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise BundleError(f"{where}: {name} has shape {tensors[name].shape}, the config needs {shape}")
+    dtype = _common_dtype({str(tensors[name].dtype) for name in shapes}, where=where)
+    for name in shapes:
+        if not np.isfinite(tensors[name]).all():
+            raise BundleError(f"{where}: {name} holds values that are not finite")
+    return dtype
+
+
+def _common_dtype(dtypes: set[str], *, where: str) -> StoredDtype:
+    if dtypes == {"float32"}:
+        return "float32"
+    if dtypes == {"float16"}:
+        return "float16"
+    raise BundleError(f"{where}: weights are {', '.join(sorted(dtypes))}; they must all be float32 or all float16")
+
+
+def _check_weight_facts(folder: Path, *, facts: _Weights, dtype: StoredDtype, num_parameters: int) -> None:
+    if (facts.dtype, facts.num_parameters) != (dtype, num_parameters):
+        raise BundleError(
+            f"{folder / CONFIG}: weights says {facts.num_parameters} parameters of {facts.dtype}, "
+            f"{WEIGHTS} has {num_parameters} of {dtype}; {_COPY_AGAIN}"
+        )
+
+
+def _check_replaceable(target: Path) -> None:
+    """Nothing, an empty folder or a bundle and no more: what else lies in a folder would be lost with it."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise BundleError(f"{target} is a file; a bundle is a folder: choose another place")
+    held = {entry.name for entry in target.iterdir()}
+    if held and held != set(_FILES):
+        raise BundleError(
+            f"{target} exists and is not a bundle (it has {', '.join(sorted(held)[:5])}, a bundle has exactly "
+            f"{', '.join(_FILES)}); it was left as it is: choose another place or move it away"
+        )
+
+
+def _as_json(training: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(json.dumps(dict(training), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"training cannot be written as JSON: {error}") from error
+    return facts
+
+
+def _swap(fresh: Path, *, target: Path) -> None:
+    """Put the folder `fresh` where `target` is, and only then delete what was there."""
+    if not target.exists():
+        fresh.rename(target)
+        _flush(target.parent)
+        return
+    old = _hidden_sibling(target, "old")
+    target.rename(old)
+    try:
+        fresh.rename(target)
+    finally:
+        if not target.exists():
+            old.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(old)
+
+
+def _hidden_sibling(target: Path, role: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{role}")
+
+
+def _flush(*places: Path) -> None:
+    """Wait until files, or folders' lists of names, are on the disk."""
+    for place in places:
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

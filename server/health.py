@@ -1,0 +1,101 @@
+"""GET /health and its probes, and GET /info: what is served, by what, within which limits."""
+
+import math
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from server import openapi
+from server.replies import EngineHealth, HealthReply, ModelHealth, QueueHealth, RowsHealth, encode
+from server.schemas import MAX_STOP_CHARS, Parameters
+from server.service import Service, package_version
+
+_EXAMPLE = HealthReply(
+    "ready", "", EngineHealth(4242, 0.3, 0.004), RowsHealth(3, 29), QueueHealth(0), ModelHealth("default", "0c6f1d2e")
+)
+
+
+def health_router(service: Service) -> APIRouter:
+    """The endpoints for operators."""
+    router = APIRouter(tags=["others"])
+
+    @router.get("/health", summary="State in full", responses={200: openapi.ok(HealthReply, example=_EXAMPLE)})
+    async def health() -> Response:
+        return Response(encode(_health(service)), media_type="application/json")
+
+    @router.get("/health/live", summary="This process answers")
+    @router.get("/healthz", include_in_schema=False)
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @router.get("/health/ready", summary="Work is taken", responses=openapi.errors(*openapi.UNAVAILABLE))
+    @router.get("/readyz", include_in_schema=False)
+    async def ready() -> dict[str, str]:
+        if error := service.unavailable():
+            raise error
+        return {"status": "ready"}
+
+    @router.get("/info", summary="The model, the limits and the defaults")
+    async def info() -> dict[str, Any]:
+        return _info(service)
+
+    return router
+
+
+def _health(service: Service) -> HealthReply:
+    link, num_rows = service.link, service.settings.num_rows
+    return HealthReply(
+        state=link.state,
+        failure=link.failure,
+        engine=EngineHealth(
+            pid=link.ready.pid if link.ready else None,
+            heartbeat_age_s=_finite(link.heartbeat_age_s),
+            last_step_age_s=_finite(link.last_step_age_s),
+        ),
+        rows=RowsHealth(used=link.rows_used, free=num_rows - link.rows_used),
+        queue=QueueHealth(requests=link.num_waiting),
+        model=ModelHealth(service.bundle.path.resolve().name, service.bundle.hash),
+    )
+
+
+def _finite(seconds: float) -> float | None:
+    """None before the first heartbeat or step."""
+    return seconds if math.isfinite(seconds) else None
+
+
+def _info(service: Service) -> dict[str, Any]:
+    bundle, ready, settings = service.bundle, service.link.ready, service.settings
+    return {
+        "model": {
+            "name": bundle.path.resolve().name,
+            "hash": bundle.hash,
+            "num_parameters": bundle.config.num_parameters,
+            "config": bundle.config.model_dump(),
+            "tokenizer": {
+                "kind": bundle.tokenizer.kind,
+                "vocab_size": bundle.tokenizer.vocab_size,
+                "eos_id": bundle.tokenizer.eos_id,
+            },
+            "training": bundle.training,
+            "card": bundle.card,
+        },
+        "engine": None
+        if ready is None
+        else {
+            "backend": "torch",
+            "device": ready.device,
+            "dtype": ready.dtype,
+            "num_rows": ready.num_rows,
+            "state_bytes_per_row": ready.state_bytes_per_row,
+            "ring_sizes": ready.spans,
+        },
+        "limits": {
+            "max_inputs": service.max_inputs,
+            "max_waiting": settings.max_waiting,
+            "max_body_bytes": settings.max_body_bytes,
+            "max_stop_chars": MAX_STOP_CHARS,
+        },
+        "defaults": Parameters().model_dump(),
+        "fingerprint": service.fingerprint,
+        "version": package_version(),
+    }
