@@ -28,7 +28,7 @@ def logits(
     span_ramp: int,
     empty_slots: str,
 ) -> Array:
-    """Logits [T, V] after each of `tokens`, for plain embeddings; without an output.weight the two tables are tied."""
+    """Logits [T, V] of the next token after each of `tokens`, for plain embeddings."""
     named = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     hidden = np.stack([named["embedding.weight"][token] for token in tokens])  # [T, E]
     num_layers = 1 + max(int(name.split(".")[1]) for name in named if name.startswith("layers."))
@@ -45,8 +45,7 @@ def logits(
             empty_slots=empty_slots,
         )
         hidden = np.stack([layer_norm(row, layer["norm.weight"], layer["norm.bias"]) for row in hidden + out])
-    table = named.get("output.weight", named["embedding.weight"])
-    return np.stack([table @ row + named["output.bias"] for row in hidden])
+    return np.stack([named["output.weight"] @ row + named["output.bias"] for row in hidden])
 
 
 def attention(

@@ -3,9 +3,10 @@
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -20,13 +21,13 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 
 
 class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type or out of range; the message names it, its value and what is allowed."""
+    """A setting that is unknown, of the wrong type or out of range: its name, its value and what is allowed."""
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, unknown keys refused."""
+    """A part of the configuration: frozen; unknown keys and infinite numbers refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -52,22 +53,34 @@ class TokenizerConfig(Section):
     kind: Literal["bytes", "bpe", "word"] = "bytes"
     vocab_size: int | None = Field(default=None, ge=2, description="bpe: needed; word: the most frequent, empty = all")
 
+    @model_validator(mode="after")
+    def _size_fits_kind(self) -> Self:
+        if self.kind == "bpe" and self.vocab_size is None:
+            raise ValueError("vocab_size is missing; kind = 'bpe' needs it, for example 4096")
+        if self.kind == "bytes" and self.vocab_size is not None:
+            raise ValueError(f"vocab_size = {self.vocab_size} is for 'bpe' and 'word'; kind = 'bytes' always has 256")
+        return self
+
 
 class OptimConfig(Section):
     """How the model learns."""
 
     name: Literal["adamw", "adagrad"] = "adamw"
     lr: float = Field(gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="adamw: decay of the two moments")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="adamw: decay of the two moments"
+    )
     eps: float = Field(default=1e-8, gt=0, description="adamw: added to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="on matrices only")
     grad_clip: float = Field(
         default=1.0, ge=0, description="adamw: global norm; adagrad: norm of each parameter; 0 = off"
     )
     warmup_steps: int = Field(default=0, ge=0, description="linear warm-up")
-    schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
+    schedule: Literal["constant", "cosine", "trapezoid", "step"] = Field(
+        default="constant", description="how lr falls after the warm-up; step = at once, as in the paper"
+    )
     decay_fraction: float = Field(
-        default=0.2, gt=0, le=1, description="trapezoid: the last share of the run, in which lr falls"
+        default=0.2, gt=0, le=1, description="trapezoid: the last share of the run, in which lr falls; step: is low"
     )
     final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="lr at the end, as a share of the peak")
     span_penalty: float = Field(
@@ -89,7 +102,7 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """How often the state is saved, beside the bundle."""
 
-    every_seconds: float = Field(default=300.0, gt=0)
+    every_seconds: float = Field(default=300.0, gt=0, description="wall time between two checkpoints")
     keep: int = Field(default=2, ge=1, description="how many checkpoints stay")
 
 
@@ -153,15 +166,28 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
     except SettingsError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{error}; --help lists the flags") from error
 
 
-def _explain(problem: object) -> str:
+def _explain(problem: ErrorDetails) -> str:
     """One problem pydantic found, as `section.key = value: what is allowed`."""
-    assert isinstance(problem, dict)
     key = ".".join(map(str, problem["loc"])) or "configuration"
-    if problem["type"] == "extra_forbidden":
-        return f"{key} is not a setting"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    return f"{key} = {problem['input']!r}: {problem['msg']}"
+    match problem["type"]:
+        case "extra_forbidden":
+            allowed = ", ".join(_section(problem["loc"][:-1]).model_fields)
+            return f"{key} = {problem['input']!r} is not a setting; allowed here: {allowed}"
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":  # fields of a section that contradict each other: the text names them and their values
+            return f"{key}: {problem['ctx']['error']}"
+        case _:
+            return f"{key} = {problem['input']!r}: {problem['msg']}"
+
+
+def _section(names: tuple[int | str, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for name in names:
+        annotation = section.model_fields[str(name)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return section

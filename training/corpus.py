@@ -14,7 +14,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from model.tokenizer import BytesTokenizer, Tokenizer, encode_corpus, load_tokenizer, train_bpe, train_words
+from model.tokenizer import (
+    BytesTokenizer,
+    Tokenizer,
+    TokenizerError,
+    encode_corpus,
+    load_tokenizer,
+    train_bpe,
+    train_words,
+)
 from training.config import DataConfig, TokenizerConfig
 
 SHAKESPEARE = Path(__file__).parent / "corpora" / "shakespeare.txt"
@@ -74,11 +82,12 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Dataset:
     """Load a corpus, learn its tokenizer where it has one to learn, and encode it; both are cached on disk.
 
     Raises:
-        CorpusError: see `load_corpus`; also a split that cannot be encoded.
+        CorpusError: see `load_corpus`; also a split that cannot be encoded or is too short to be evaluated, a
+            vocabulary that cannot be learned from the text, and a cache that cannot be written.
     """
     corpus = load_corpus(data)
     learned = _tokenizer(corpus, tokenizer, data.cache_dir)
-    return Dataset(
+    dataset = Dataset(
         name=corpus.name,
         tokenizer=learned,
         train=_encode(corpus.train, learned, data.cache_dir),
@@ -87,6 +96,13 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Dataset:
         train_bytes=len(corpus.train),
         valid_bytes=len(corpus.valid),
     )
+    for split, tokens in (("valid", dataset.valid), ("test", dataset.test)):
+        if tokens is not None and len(tokens) < 2 * data.block:
+            raise CorpusError(
+                f"the {split} split of {corpus.name} has {len(tokens)} tokens; data.block = {data.block} needs at least "
+                f"{2 * data.block}"
+            )
+    return dataset
 
 
 def _shakespeare(config: DataConfig) -> Corpus:
@@ -167,26 +183,29 @@ def _read(path: Path) -> bytes:
 def _tokenizer(corpus: Corpus, config: TokenizerConfig, cache: Path) -> Tokenizer:
     if config.kind == "bytes":
         return BytesTokenizer()
-    sample = corpus.train if config.kind == "word" else corpus.train[:TOKENIZER_SAMPLE]
+    size = len(corpus.train) if config.kind == "word" else TOKENIZER_SAMPLE
+    sample = corpus.train[: _character_start(corpus.train, size)]
     path = cache / f"{_key(sample, config.model_dump_json().encode())}.tokenizer.json"
-    if not path.exists():
-        text = sample[: _last_character(sample)].decode("utf-8")
-        if config.kind == "bpe":
-            if config.vocab_size is None:
-                raise CorpusError("tokenizer.vocab_size is missing; a bpe needs it, for example 4096")
-            learned: Tokenizer = train_bpe([text], vocab_size=config.vocab_size)
-        else:
-            learned = train_words([text], vocab_size=config.vocab_size)
-        _write_atomically(path, learned.save)
-    return load_tokenizer(path)
+    try:
+        if not path.exists():
+            _write_atomically(path, _learn(_decode(sample), config).save)
+        return load_tokenizer(path)
+    except TokenizerError as error:
+        raise CorpusError(f"tokenizer.kind = {config.kind!r} on {corpus.name}: {error}") from error
 
 
-def _last_character(text: bytes) -> int:
-    """Where to cut so that the last character is whole."""
-    place = len(text)
-    while place and text[place - 1] & 0xC0 == 0x80:
-        place -= 1
-    return place if place == len(text) else max(0, place - 1)
+def _learn(text: str, config: TokenizerConfig) -> Tokenizer:
+    if config.kind == "word":
+        return train_words([text], vocab_size=config.vocab_size)
+    assert config.vocab_size is not None, "TokenizerConfig refuses a bpe without it"
+    return train_bpe([text], vocab_size=config.vocab_size)
+
+
+def _decode(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"byte {error.start} is not UTF-8; tokenizer.kind = 'bytes' reads any file") from error
 
 
 def _encode(text: bytes, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
@@ -197,10 +216,7 @@ def _encode(text: bytes, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
         description = (Path(folder) / "tokenizer.json").read_bytes()
     path = cache / f"{_key(text, description)}.npy"
     if not path.exists():
-        try:
-            decoded = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"byte {error.start} is not UTF-8; tokenizer.kind = 'bytes' reads any file") from error
+        decoded = _decode(text)
         with tqdm(total=len(decoded), desc="encode", unit="char", unit_scale=True) as bar:
             tokens = encode_corpus(tokenizer, decoded, progress=bar.update)
 
@@ -218,10 +234,15 @@ def _key(text: bytes, description: bytes) -> str:
 
 
 def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
     try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CorpusError(
+            f"{path} cannot be written: {error.strerror}; set data.cache_dir to another folder"
+        ) from error

@@ -3,12 +3,15 @@
 Sizes: n tokens of the split, B streams, M tokens of a block. Knows no text and no model.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from training.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,20 @@ class Streams:
     """Consecutive blocks of B equal stretches; after each epoch all streams move on by a random part of a block."""
 
     def __init__(self, tokens: np.ndarray, *, num_streams: int, block: int, seed: int, reset_prob: float) -> None:
-        """tokens: [n]; reset_prob: the chance that a stream's past is forgotten before a block, though its text goes on.
+        """Begin at the start of every stretch.
+
+        Args:
+            tokens: [n] integers.
+            reset_prob: the chance that a stream's past is forgotten before a block, though its text goes on.
 
         Raises:
-            ValueError: the split is too short for one block a stream.
+            ConfigError: too few tokens; a stretch holds a block at any phase, so two blocks.
         """
         self._stretch = len(tokens) // num_streams  # tokens of one stream
-        if self._stretch <= 2 * block:
-            raise ValueError(
+        if self._stretch < 2 * block:
+            raise ConfigError(
                 f"{len(tokens)} tokens are too few for data.batch = {num_streams} streams of data.block = {block}: "
-                f"more than {num_streams * (2 * block + 1)} are needed"
+                f"at least {num_streams * 2 * block} are needed"
             )
         self._lines = tokens[: self._stretch * num_streams].reshape(num_streams, self._stretch)
         self._block = block
@@ -70,15 +77,10 @@ class Streams:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams are, as plain values."""
-        generator = self._random.bit_generator.state
-        words = {name: str(value) for name, value in generator["state"].items()}  # 128-bit integers
-        half = [generator["has_uint32"], generator["uinteger"]]
-        return {"place": self._place, "fresh": self._fresh, "epoch": self._epoch, "random": words, "half": half}
+        random = json.dumps(self._random.bit_generator.state)  # its integers have 128 bits
+        return {"place": self._place, "fresh": self._fresh, "epoch": self._epoch, "random": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
         self._place, self._fresh, self._epoch = state["place"], state["fresh"], state["epoch"]
-        generator = dict(self._random.bit_generator.state)
-        generator["state"] = {name: int(word) for name, word in state["random"].items()}
-        generator["has_uint32"], generator["uinteger"] = state["half"]
-        self._random.bit_generator.state = generator
+        self._random.bit_generator.state = json.loads(state["random"])

@@ -29,7 +29,7 @@ class Optimizer:
             self._inner = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
     def clip(self) -> float:
-        """Bound the global gradient norm (AdamW; the Adagrad of the paper bounds each parameter's own) and return it."""
+        """Bound the global gradient norm (AdamW; the paper's Adagrad bounds each parameter's own) and return it."""
         bound = self.config.grad_clip if self.config.name == "adamw" and self.config.grad_clip else math.inf
         return float(nn.utils.clip_grad_norm_(self._parameters, bound))
 
@@ -61,9 +61,14 @@ class Optimizer:
 
 
 def learning_rate(config: OptimConfig, *, step: int, share: float) -> float:
-    """Linear warm-up over `warmup_steps`, then the schedule down to `final_lr_fraction` of the peak at the end of the run.
+    """Linear warm-up over `warmup_steps`, times the schedule, which ends at `final_lr_fraction` of the peak.
 
-    constant stays at the peak; cosine falls from the start; trapezoid falls in a line over the last `decay_fraction`.
+    constant stays at the peak; cosine falls from the start; trapezoid falls in a line over the last `decay_fraction` of
+    the run; step falls at once where that begins.
+
+    Args:
+        step: updates made before this one.
+        share: how much of the run is done, 0 .. 1.
     """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     match config.schedule:
@@ -73,6 +78,8 @@ def learning_rate(config: OptimConfig, *, step: int, share: float) -> float:
             left = 0.5 * (1 + math.cos(math.pi * share))
         case "trapezoid":
             left = min(1.0, (1 - share) / config.decay_fraction)
+        case "step":
+            left = float(share < 1 - config.decay_fraction)
     return config.lr * warm * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
 
 
@@ -100,8 +107,8 @@ class ClippedAdagrad(torch.optim.Optimizer):
         if not state:
             state["sum"] = torch.zeros_like(parameter)
         gradient = gradient + group["weight_decay"] * parameter if group["weight_decay"] else gradient
-        rate = torch.full((), group["lr"], device=gradient.device)
-        if group["grad_clip"]:
-            rate = rate * (group["grad_clip"] / (gradient.norm() + group["eps"])).clamp(max=1)
         state["sum"].addcmul_(gradient, gradient)
-        parameter.sub_(rate * gradient / (state["sum"].sqrt() + group["eps"]))
+        change = gradient / (state["sum"].sqrt() + group["eps"])
+        if group["grad_clip"]:
+            change *= (group["grad_clip"] / (gradient.norm() + group["eps"])).clamp(max=1)
+        parameter.sub_(change, alpha=group["lr"])

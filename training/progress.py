@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -19,7 +20,8 @@ class ProgressBar:
         """nats_per_bit: nats per token that make one bit per byte; share: how much of the run is done, 0 .. 1."""
         self._nats_per_bit = nats_per_bit
         layout = "{percentage:5.1f}% |{bar:24}| {elapsed}<{remaining} {postfix}"
-        self._bar = tqdm(total=1.0, initial=share, bar_format=layout)
+        pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between redrawings; a log file wants few
+        self._bar = tqdm(total=1.0, initial=share, bar_format=layout, mininterval=pause, maxinterval=pause)
         self._loss = math.nan
 
     def __enter__(self) -> Self:

@@ -1,0 +1,40 @@
+# make serve | train | test | test-fast | check. Each sets up all it needs in .venv; `PYTHON=python3.12 make serve` picks
+# another interpreter.
+PYTHON ?= python3
+BUNDLE ?= bundles/default
+PORT ?= 8000
+CONFIG ?= configs/quickstart.toml
+
+RUN = .venv/bin/python
+
+.PHONY: serve train test test-fast check clean
+
+serve: .venv
+	@$(RUN) -m server --bundle $(BUNDLE) --port $(PORT)
+
+train: .venv
+	@$(RUN) -m training.run $(CONFIG)
+
+test: .venv check
+	.venv/bin/python -m pytest -q
+
+test-fast: .venv
+	.venv/bin/python -m pytest -q -m "not slow"
+
+check: .venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .cache build *.egg-info
+
+# torch comes first and alone: pip then takes a CPU build where one is at hand, and nothing after it changes the version.
+.venv: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "venv is missing: apt-get install python3-venv"; rm -rf .venv; exit 1; }
+	@echo "setting up .venv (once, a few minutes)"
+	@.venv/bin/pip install --quiet --disable-pip-version-check "torch==2.13.0" || { rm -rf .venv; exit 1; }
+	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[test]" || { rm -rf .venv; exit 1; }
+	@touch .venv
