@@ -72,7 +72,7 @@ def _plans(body: GenerateRequest, *, stream: bool, service: Service) -> list[Gen
         raise InvalidField.of("parameters.max_new_tokens", value=None, allowed="no limit is for streams only")
     tokenizer = service.tokenizer
     check_ids(asked.stop_token_ids or (), field="parameters.stop_token_ids", tokenizer=tokenizer)
-    prompts = read_prompts(body.inputs, tokenizer=tokenizer, max_inputs=service.max_inputs)
+    prompts = read_prompts(body.inputs, tokenizer=tokenizer)
     stops = StopStrings(asked.stop or ())
     numbered = is_list_of_inputs(body.inputs)
     return [

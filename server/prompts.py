@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -23,17 +24,16 @@ def is_list_of_inputs(inputs: InputsValue) -> bool:
     return isinstance(inputs, list) and not isinstance(inputs[0], int)
 
 
-def read_prompts(inputs: InputsValue, *, tokenizer: Tokenizer, max_inputs: int) -> list[Prompt]:
+def read_prompts(inputs: InputsValue, *, tokenizer: Tokenizer) -> list[Prompt]:
     """One prompt for each input, in order. Work in proportion to the length of the inputs: see `beside_the_loop`.
 
     Raises:
-        InvalidField: an input is empty or holds an unknown id, or there are more inputs than can ever be admitted.
+        InvalidField: an input is empty or holds an unknown id.
     """
     if not is_list_of_inputs(inputs):
-        return [read_prompt(inputs, field="inputs", tokenizer=tokenizer)]  # type: ignore[arg-type]
-    if len(inputs) > max_inputs:
-        raise InvalidField(f"inputs: a list of {len(inputs)} is not allowed; at most {max_inputs}", param="inputs")
-    return [read_prompt(one, field=f"inputs.{i}", tokenizer=tokenizer) for i, one in enumerate(inputs)]  # type: ignore[arg-type]
+        return [read_prompt(cast("str | list[int]", inputs), field="inputs", tokenizer=tokenizer)]
+    several = cast("list[str] | list[list[int]]", inputs)
+    return [read_prompt(one, field=f"inputs.{i}", tokenizer=tokenizer) for i, one in enumerate(several)]
 
 
 def read_prompt(one: str | Sequence[int], *, field: str, tokenizer: Tokenizer) -> Prompt:
@@ -56,9 +56,13 @@ def check_ids(ids: Sequence[int], *, field: str, tokenizer: Tokenizer) -> None:
     unknown = np.flatnonzero(np.asarray(ids, dtype=np.int64) >= tokenizer.vocab_size)
     if len(unknown):
         place = int(unknown[0])
-        raise InvalidField.of(
-            f"{field}.{place}", value=ids[place], allowed=f"token ids are 0 to {tokenizer.vocab_size - 1}"
-        )
+        check_id(ids[place], field=f"{field}.{place}", tokenizer=tokenizer)
+
+
+def check_id(token: int, *, field: str, tokenizer: Tokenizer) -> None:
+    """Raise InvalidField where the id is not one of the tokenizer's."""
+    if token >= tokenizer.vocab_size:
+        raise InvalidField.of(field, value=token, allowed=f"token ids are 0 to {tokenizer.vocab_size - 1}")
 
 
 def num_inputs(inputs: InputsValue) -> int:

@@ -15,7 +15,7 @@ from server import openapi
 from server.connection import beside_the_loop, read_body, while_connected
 from server.errors import Draining
 from server.messages import Ended, Score, Scores
-from server.prompts import check_ids, is_list_of_inputs, num_inputs, read_prompt, read_prompts
+from server.prompts import check_id, is_list_of_inputs, num_inputs, read_prompt, read_prompts
 from server.replies import ScoredToken, ScoreReply, encode
 from server.schemas import ScoreRequest, parse
 from server.service import LiveSequence, Service
@@ -86,9 +86,9 @@ def _documents(body: ScoreRequest, *, service: Service) -> list[_Document]:
     if isinstance(body.prefix, str):
         prefix = read_prompt(body.prefix, field="prefix", tokenizer=tokenizer).tokens
     elif body.prefix is not None:
-        check_ids([body.prefix], field="prefix", tokenizer=tokenizer)
+        check_id(body.prefix, field="prefix", tokenizer=tokenizer)
         prefix = [body.prefix]
-    prompts = read_prompts(body.inputs, tokenizer=tokenizer, max_inputs=service.max_inputs)
+    prompts = read_prompts(body.inputs, tokenizer=tokenizer)
     return [_Document(prefix, tokens=prompt.tokens) for prompt in prompts]
 
 

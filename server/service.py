@@ -9,7 +9,7 @@ from typing import Literal, Protocol, Self
 
 from model.bundle import Bundle
 from server.config import Settings
-from server.errors import Draining, EngineDown, InternalError, QueueFull, ServerError, Starting
+from server.errors import Draining, EngineDown, InternalError, InvalidField, QueueFull, ServerError, Starting
 from server.messages import Ended, Generate, Ready, Score, Scores, Step, Token
 from server.metrics import Metrics
 
@@ -37,6 +37,14 @@ class Link(Protocol):
     def num_waiting(self) -> int: ...  # noqa: D102
     @property
     def rows_used(self) -> int: ...  # noqa: D102
+
+    async def start(self) -> None:
+        """Return once the engine is ready or has failed; `state` tells which."""
+        ...
+
+    async def close(self, grace_s: float) -> None:
+        """Take nothing new, let live work end for so long, end the rest with "shutdown", then end the engine."""
+        ...
 
     def submit(self, message: Generate | Score) -> AsyncIterator[Token | Scores | Ended]:
         """Start a sequence. Its messages hold exactly one Ended, the last."""
@@ -91,7 +99,17 @@ class Service:
         return None
 
     def check_admission(self, num_sequences: int) -> None:
-        """Raise Starting, Draining, EngineDown or QueueFull where so many sequences cannot be taken now."""
+        """Refuse a request of so many sequences.
+
+        Raises:
+            InvalidField: they would not fit into an empty server.
+            Starting, Draining, EngineDown: there is no engine to take them.
+            QueueFull: they do not fit now.
+        """
+        if num_sequences > self.max_inputs:
+            raise InvalidField(
+                f"inputs: a list of {num_sequences} is not allowed; at most {self.max_inputs}", param="inputs"
+            )
         if error := self.unavailable():
             raise error
         if len(self._live) + num_sequences > self.max_inputs:

@@ -35,6 +35,17 @@ class FakeLink:
         self.cancelled: list[str] = []
         self._endings: dict[str, asyncio.Future[Ended]] = {}
 
+    async def start(self) -> None:
+        await asyncio.sleep(self.step_s)
+        self.state = "failed" if self.failure else "ready"
+
+    async def close(self, grace_s: float) -> None:
+        self.state = "draining" if self.state == "ready" else self.state
+        pending = [ending for ending in self._endings.values() if not ending.done()]
+        if pending:
+            await asyncio.wait(pending, timeout=grace_s)
+        self.end_all("shutdown")
+
     def submit(self, message: Generate | Score) -> AsyncIterator[Token | Scores | Ended]:
         self.submitted.append(message)
         self._endings[message.id] = asyncio.get_running_loop().create_future()

@@ -20,7 +20,7 @@ from model.scoring import Score as Figures
 from model.tokenizer import BytesTokenizer
 from server.api import create_app
 from server.config import Settings
-from server.messages import Generate, Score
+from server.messages import Generate
 
 pytestmark = pytest.mark.anyio
 
@@ -308,7 +308,7 @@ async def test_what_cannot_be_read_is_malformed():
         ("/generate", {"inputs": "a", "parameters": {"stop_token_ids": [1, 300]}}, "parameters.stop_token_ids.1"),
         ("/generate", {"inputs": "a", "parameters": {"max_new_tokens": None}}, "parameters.max_new_tokens"),
         ("/generate_stream", {"inputs": "a", "stream": False}, "stream"),
-        ("/score", {"inputs": "a", "prefix": 256}, "prefix.0"),
+        ("/score", {"inputs": "a", "prefix": 256}, "prefix"),
         ("/score", {"inputs": "a", "unit": "byte"}, "unit"),
     ],
 )
@@ -505,7 +505,3 @@ async def test_a_log_line_has_counts_and_no_text(caplog):
 def test_the_http_side_never_imports_torch():
     code = "import sys, server.api; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0
-
-
-def test_a_score_message_holds_little_endian_ids():
-    assert np.frombuffer(Score("1", np.asarray([1, 2], dtype="<i4").tobytes()).tokens, dtype="<i4").tolist() == [1, 2]

@@ -1,0 +1,136 @@
+"""`python -m server`: settings, bundle, engine, HTTP, and the order in which they start and stop."""
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from model.bundle import Bundle, BundleError, open_bundle
+from server.api import create_app
+from server.config import ConfigError, Settings, load_settings
+from server.link import EngineLink
+from server.logs import log_to_stderr
+from server.service import Link
+
+POLL_S = 0.05
+LAST_WRITES_S = 5  # for answers that are complete but not yet read by their clients
+
+
+class ListenError(ValueError):
+    """The address cannot be listened on."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until a signal comes or the engine fails. Returns the exit status: 2 for a wrong setting, 1 for a failure."""
+    try:
+        settings = load_settings(argv, environ=os.environ)
+    except ConfigError as error:
+        return _complain(str(error), status=2)
+    log_to_stderr()
+    try:
+        bundle = open_bundle(settings.bundle)
+        listener = listen(settings.host, port=settings.port)
+    except (BundleError, ListenError) as error:
+        return _complain(str(error), status=1)
+    try:
+        return uvloop.run(serve(settings, bundle=bundle, link=EngineLink(settings), listener=listener))
+    except KeyboardInterrupt:  # before the server's own handlers were in place
+        return 130
+
+
+def listen(host: str, *, port: int) -> socket.socket:
+    """A socket that accepts connections. Raises ListenError where the address is taken or is not ours."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ListenError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
+        ) from None
+
+
+async def serve(settings: Settings, *, bundle: Bundle, link: Link, listener: socket.socket) -> int:
+    """Start the engine behind an HTTP side that already answers, wait for a reason to end, and end in order.
+
+    On the first signal new work is refused while live work goes on, for `shutdown_timeout_s` at most; on the second
+    one it ends at once. The answers that are ready then still reach their clients.
+    """
+    server = _Server(create_app(settings=settings, bundle=bundle, link=link))
+    http = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(link.start())
+    await _until(lambda: starting.done() or server.num_signals > 0)
+    if link.state == "ready":
+        print(banner(settings, bundle=bundle, link=link, port=listener.getsockname()[1]), flush=True)
+        await _until(lambda: link.state == "failed" or server.num_signals > 0)
+    failed = link.state == "failed"
+    starting.cancel()
+    closing = asyncio.create_task(link.close(grace_s=settings.shutdown_timeout_s))
+    await _until(lambda: closing.done() or server.num_signals > 1)
+    if not closing.done():
+        closing.cancel()
+        await link.close(grace_s=0)
+    server.should_exit = True
+    await http
+    return _complain(f"the engine has failed: {link.failure}", status=1) if failed else 0
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(POLL_S)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a signal is only counted: `serve` decides when to stop listening."""
+
+    def __init__(self, app: uvicorn._types.ASGIApplication) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=LAST_WRITES_S,
+            )
+        )
+        self.num_signals = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.num_signals += 1
+
+
+def banner(settings: Settings, *, bundle: Bundle, link: Link, port: int) -> str:
+    """What a person wants to know once the model is there, with a command to paste."""
+    ready = link.ready
+    assert ready is not None
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    splits = bundle.training.get("splits", {})
+    quality = ", ".join(f"{name} {split['bits_per_byte']:.3f} bits per byte" for name, split in splits.items())
+    body = json.dumps({"inputs": "It was a dark", "parameters": {"temperature": 0.8}, "stream": True})
+    return "\n".join(
+        [
+            f"allattn serves {bundle.path.resolve().name}, {bundle.config.num_parameters / 1e6:.1f} M parameters",
+            *([f"  quality  {quality}"] if quality else []),
+            f"  engine   {ready.dtype} on {ready.device}, {ready.num_rows} rows of {ready.state_bytes_per_row / 2**20:.2f} MiB",
+            f"  url      {url} (documentation at {url}/docs)",
+            f"  try      curl -N {url}/generate -d '{body}'",
+        ]
+    )
+
+
+def _complain(message: str, *, status: int) -> int:
+    print(f"allattn: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
