@@ -54,7 +54,8 @@ def joint_attention(query: Tensor, blocks: Sequence[Block], *, dropout: float = 
         product = _product(part.to(block.value.dtype), block.value)
         output = product if output is None else output + product
     assert output is not None, "joint_attention needs a block"
-    return output if total is None else output / total
+    # The floor only matters where masked keys outweigh all others by 1e38: there the output is 0 instead of 0 / 0.
+    return output if total is None else output / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def banded_attention(

@@ -53,6 +53,11 @@ class ModelShape(BaseModel):
             raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
         if self.embedding == "plain" and self.adaptive_cutoffs:
             raise ValueError(f"adaptive_cutoffs {list(self.adaptive_cutoffs)} needs embedding = 'adaptive'")
+        if self.adaptive_div ** len(self.adaptive_cutoffs) > self.width:
+            raise ValueError(
+                f"adaptive_div {self.adaptive_div} leaves nothing of width {self.width} for cluster "
+                f"{len(self.adaptive_cutoffs)}"
+            )
         return self
 
     def with_vocabulary(self, vocab_size: int) -> "ModelConfig":

@@ -28,9 +28,8 @@ class StreamCache(NamedTuple):
         """Forget the past of the streams where `streams` [B] (bool) is true."""
         if not streams.any():
             return self
-        keep = ~streams
-        hidden = tuple(h * keep.to(h.device, h.dtype)[:, None, None] for h in self.hidden)
-        return StreamCache(hidden, self.filled * keep)
+        hidden = tuple(h.masked_fill(streams.to(h.device)[:, None, None], 0.0) for h in self.hidden)
+        return StreamCache(hidden, self.filled.masked_fill(streams, 0))
 
 
 class PersistentAttention(nn.Module):

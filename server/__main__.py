@@ -10,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from model.bundle import Bundle, BundleError, open_bundle
 from server.api import create_app
@@ -27,7 +28,11 @@ class ListenError(ValueError):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until a signal comes or the engine fails. Returns the exit status: 2 for a wrong setting, 1 for a failure."""
+    """Serve until a signal comes or the engine fails.
+
+    Returns:
+        the exit status: 0 after a signal, 1 after a failure, 2 for a wrong setting.
+    """
     try:
         settings = load_settings(argv, environ=os.environ)
     except ConfigError as error:
@@ -39,9 +44,14 @@ def main(argv: Sequence[str]) -> int:
     except (BundleError, ListenError) as error:
         return _complain(str(error), status=1)
     try:
-        return uvloop.run(serve(settings, bundle=bundle, link=EngineLink(settings), listener=listener))
+        return uvloop.run(_serve_engine(settings, bundle=bundle, listener=listener))
     except KeyboardInterrupt:  # before the server's own handlers were in place
         return 130
+
+
+async def _serve_engine(settings: Settings, *, bundle: Bundle, listener: socket.socket) -> int:
+    """The link belongs to the loop that it is made in."""
+    return await serve(settings, bundle=bundle, link=EngineLink(settings), listener=listener)
 
 
 def listen(host: str, *, port: int) -> socket.socket:
@@ -69,11 +79,14 @@ async def serve(settings: Settings, *, bundle: Bundle, link: Link, listener: soc
         print(banner(settings, bundle=bundle, link=link, port=listener.getsockname()[1]), flush=True)
         await _until(lambda: link.state == "failed" or server.num_signals > 0)
     failed = link.state == "failed"
+    if starting.done():
+        await starting  # raises where the engine could not even be tried
     starting.cancel()
     closing = asyncio.create_task(link.close(grace_s=settings.shutdown_timeout_s))
     await _until(lambda: closing.done() or server.num_signals > 1)
     if not closing.done():
         closing.cancel()
+        await asyncio.wait([closing])
         await link.close(grace_s=0)
     server.should_exit = True
     await http
@@ -88,7 +101,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 class _Server(uvicorn.Server):
     """uvicorn, but a signal is only counted: `serve` decides when to stop listening."""
 
-    def __init__(self, app: uvicorn._types.ASGIApplication) -> None:
+    def __init__(self, app: FastAPI) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -115,12 +128,13 @@ def banner(settings: Settings, *, bundle: Bundle, link: Link, port: int) -> str:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     splits = bundle.training.get("splits", {})
     quality = ", ".join(f"{name} {split['bits_per_byte']:.3f} bits per byte" for name, split in splits.items())
+    mebibytes = ready.state_bytes_per_row / 2**20
     body = json.dumps({"inputs": "It was a dark", "parameters": {"temperature": 0.8}, "stream": True})
     return "\n".join(
         [
             f"allattn serves {bundle.path.resolve().name}, {bundle.config.num_parameters / 1e6:.1f} M parameters",
             *([f"  quality  {quality}"] if quality else []),
-            f"  engine   {ready.dtype} on {ready.device}, {ready.num_rows} rows of {ready.state_bytes_per_row / 2**20:.2f} MiB",
+            f"  engine   {ready.dtype} on {ready.device}, {ready.num_rows} rows of {mebibytes:.2f} MiB",
             f"  url      {url} (documentation at {url}/docs)",
             f"  try      curl -N {url}/generate -d '{body}'",
         ]

@@ -7,7 +7,7 @@ import argparse
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,9 +30,11 @@ class Settings(BaseModel):
     num_rows: int = Field(default=32, ge=1, description="sequences that are computed at the same time")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="number format of weights and state")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
-    num_threads: int = Field(default=0, ge=0, description="CPU threads of the engine; 0 leaves it to torch")
-    prefill_chunk: int = Field(default=256, ge=1, description="most prompt tokens one row reads in a step")
-    prefill_budget: int = Field(default=1024, ge=1, description="most prompt tokens all rows read in a step")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of the engine; as torch chooses if not set"
+    )
+    chunk_tokens: int = Field(default=256, ge=1, description="most prompt tokens one row reads in a step")
+    budget_tokens: int = Field(default=1024, ge=1, description="most prompt tokens all rows read in a step")
     max_waiting: int = Field(default=256, ge=0, description="sequences that may wait for a row; more are refused (429)")
     max_body_bytes: int = Field(
         default=32 << 20, ge=1, description="largest request body; larger ones are refused (413)"
@@ -107,5 +109,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _metavar(annotation: Any) -> str:
-    choices = getattr(annotation, "__args__", None)
-    return "|".join(choices) if choices else {int: "N", float: "SECONDS", Path: "DIR"}.get(annotation, "TEXT")
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    return {int: "N", int | None: "N", float: "SECONDS", Path: "DIR"}.get(annotation, "TEXT")

@@ -33,15 +33,14 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal():
         raise MalformedRequest(f"Content-Length {announced!r} is not a number")
-    size, chunks = int(announced), []
-    arrived = 0
-    message = f"the body is larger than {max_bytes} bytes"
-    if size > max_bytes:
-        raise BodyTooLarge(message)
+    too_large = BodyTooLarge(f"the body is larger than {max_bytes} bytes")
+    if int(announced) > max_bytes:
+        raise too_large
+    chunks, arrived = [], 0
     async for chunk in request.stream():
         arrived += len(chunk)
         if arrived > max_bytes:
-            raise BodyTooLarge(message)
+            raise too_large
         chunks.append(chunk)
     return b"".join(chunks)
 

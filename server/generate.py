@@ -10,7 +10,7 @@ from server.connection import EventStream, beside_the_loop, read_body, while_con
 from server.errors import InvalidField
 from server.generation import Generation, GenerationPlan, start_generations
 from server.messages import Sampling, Timings
-from server.prompts import Prompt, check_ids, is_list_of_inputs, num_inputs, read_prompts
+from server.prompts import Prompt, is_list_of_inputs, num_inputs, read_ids, read_prompts
 from server.replies import Details, GenerateEvent, GenerateReply, TokenInfo, encode
 from server.schemas import GenerateRequest, Parameters, parse
 from server.service import Service
@@ -71,13 +71,13 @@ def _plans(body: GenerateRequest, *, stream: bool, service: Service) -> list[Gen
     if asked.max_new_tokens is None and not stream:
         raise InvalidField.of("parameters.max_new_tokens", value=None, allowed="no limit is for streams only")
     tokenizer = service.tokenizer
-    check_ids(asked.stop_token_ids or (), field="parameters.stop_token_ids", tokenizer=tokenizer)
+    read_ids(asked.stop_token_ids or (), field="parameters.stop_token_ids", tokenizer=tokenizer)
     prompts = read_prompts(body.inputs, tokenizer=tokenizer)
     stops = StopStrings(asked.stop or ())
     numbered = is_list_of_inputs(body.inputs)
     return [
         GenerationPlan(
-            tokens=prompt.tokens[-asked.truncate :] if asked.truncate else prompt.tokens,
+            tokens=prompt.tokens[-(asked.truncate or 0) :],
             echo=_echo(prompt, service=service) if asked.return_full_text else "",
             sampling=_sampling(asked),
             max_new_tokens=asked.max_new_tokens or UNLIMITED,
@@ -92,7 +92,7 @@ def _plans(body: GenerateRequest, *, stream: bool, service: Service) -> list[Gen
 
 def _echo(prompt: Prompt, *, service: Service) -> str:
     """The prompt as text, whole even where it was truncated for the model."""
-    return service.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
+    return service.tokenizer.decode(prompt.tokens.tolist()) if prompt.text is None else prompt.text
 
 
 def _sampling(asked: Parameters) -> Sampling:

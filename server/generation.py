@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 from msgspec import UNSET, UnsetType
+from numpy.typing import NDArray
 
 from server.messages import Ended, Generate, Sampling, Token
 from server.replies import Details, FinishReason, GenerateEvent, GenerateReply, TokenInfo
@@ -23,7 +24,7 @@ Emit = Callable[[GenerateEvent], Awaitable[None]]
 class GenerationPlan:
     """What is asked of one sequence, validated and defaulted."""
 
-    tokens: list[int]  # the prompt, at least one
+    tokens: NDArray[np.int32]  # the prompt, at least one
     echo: str  # what generated_text begins with
     sampling: Sampling
     max_new_tokens: int
@@ -37,7 +38,7 @@ class GenerationPlan:
         ends = self.stop_token_ids if self.ignore_eos or eos_id is None else self.stop_token_ids | {eos_id}
         return Generate(
             id=id,
-            tokens=np.asarray(self.tokens, dtype="<i4").tobytes(),
+            tokens=self.tokens.astype("<i4").tobytes(),
             sampling=self.sampling,
             max_new_tokens=self.max_new_tokens,
             stop_token_ids=tuple(sorted(ends)),
@@ -61,11 +62,11 @@ class Generation:
     def __init__(self, plan: GenerationPlan, *, live: LiveSequence, service: Service) -> None:
         self.plan = plan
         self.details: Details | None = None
+        self.num_tokens = 0
         self._live = live
         self._service = service
         self._text = OutputText(service.tokenizer, stops=plan.stops)
         self._pieces = [plan.echo]
-        self.num_tokens = 0
         self._logprob_sum = 0.0
         self._end_token: int | None = None
         self._last_token_at = live.submitted

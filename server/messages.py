@@ -6,6 +6,21 @@ Arrays travel as raw little-endian bytes (`array` of the named type), so that a 
 import msgspec
 
 
+class EngineOptions(msgspec.Struct, frozen=True):
+    """What the API process tells the engine process at its start."""
+
+    inbox: str  # ZeroMQ address of messages to the engine
+    outbox: str
+    bundle: str
+    num_rows: int
+    dtype: str
+    device: str
+    num_threads: int | None  # None leaves it to torch
+    chunk_tokens: int
+    budget_tokens: int
+    runner: str = "server.runner:TorchRunner.from_bundle"  # module:factory
+
+
 class Sampling(msgspec.Struct, frozen=True):
     """How to draw the tokens of one sequence; every field already validated and defaulted by the API process."""
 
@@ -34,13 +49,9 @@ class Score(msgspec.Struct, tag=True, frozen=True):
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
-    """Free the row of a sequence. Answered by its ending, with finish_reason "cancelled", unless it has already ended."""
+    """Free the row of a sequence. Answered by its ending, finish_reason "cancelled", unless it has already ended."""
 
     id: str
-
-
-class Shutdown(msgspec.Struct, tag=True, frozen=True):
-    """End the engine process; live sequences get finish_reason "shutdown" first."""
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -68,7 +79,7 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """The one ending of a sequence: "length", "eos_token", "scored", "cancelled", "shutdown" or "error" (then with `error`)."""
+    """The one ending of a sequence: length, eos_token, scored, cancelled, shutdown, or error (then with `error`)."""
 
     sequence: str
     finish_reason: str
@@ -112,5 +123,5 @@ class Died(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToEngine = Generate | Score | Cancel | Shutdown
+ToEngine = Generate | Score | Cancel
 FromEngine = Ready | Step | Heartbeat | Died

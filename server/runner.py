@@ -112,7 +112,7 @@ class TorchRunner:
         num_new = np.zeros(width, dtype=np.int64)
         num_new[list(rows)] = 1
         hidden, new = self.model.decode(self._to_device(fed), self.cache)
-        self.cache.commit(range(width), new, num_new)
+        self.cache.commit(range(width), new, num_new.tolist())
         if list(rows) != list(range(width)):
             hidden = hidden[list(rows)]
         drawn, logprobs = self._draw(hidden, draws)

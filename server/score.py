@@ -63,33 +63,29 @@ async def _answer(request: Request, *, service: Service) -> Response:
 
 
 class _Document:
-    """One text to score, behind a prefix that is only read."""
+    """One text to score, behind a prefix that is only read. The ids of both lie in one array."""
 
-    def __init__(self, prefix: list[int], *, tokens: list[int]) -> None:
-        self.prefix = prefix
-        self.tokens = tokens
-
-    @property
-    def num_scored(self) -> int:
-        """All tokens but one that has nothing before it."""
-        return len(self.tokens) - (not self.prefix)
+    def __init__(self, prefix: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+        self._all = np.concatenate([prefix, tokens])
+        self.tokens = self._all[len(prefix) :]
+        self.num_unasked = max(len(prefix) - 1, 0)  # scores that the engine gives for the prefix
+        self.num_scored = len(tokens) - (len(prefix) == 0)  # all tokens but one that has nothing before it
 
     def message(self, id: str) -> Score:
         """What the engine is told."""
-        return Score(id=id, tokens=np.asarray([*self.prefix, *self.tokens], dtype="<i4").tobytes())
+        return Score(id=id, tokens=self._all.astype("<i4", copy=False).tobytes())
 
 
 def _documents(body: ScoreRequest, *, service: Service) -> list[_Document]:
     """One document for each input. Raises InvalidField."""
     tokenizer = service.tokenizer
-    prefix: list[int] = []
+    prefix = np.empty(0, dtype=np.int32)
     if isinstance(body.prefix, str):
         prefix = read_prompt(body.prefix, field="prefix", tokenizer=tokenizer).tokens
     elif body.prefix is not None:
         check_id(body.prefix, field="prefix", tokenizer=tokenizer)
-        prefix = [body.prefix]
-    prompts = read_prompts(body.inputs, tokenizer=tokenizer)
-    return [_Document(prefix, tokens=prompt.tokens) for prompt in prompts]
+        prefix = np.array([body.prefix], dtype=np.int32)
+    return [_Document(prefix, prompt.tokens) for prompt in read_prompts(body.inputs, tokenizer=tokenizer)]
 
 
 async def _score(document: _Document, *, live: LiveSequence, service: Service, want_tokens: bool) -> ScoreReply:
@@ -110,13 +106,12 @@ async def _score(document: _Document, *, live: LiveSequence, service: Service, w
         queue_s=live.ended.timings.queue_ms / 1000,
         scored_tokens=document.num_scored,
     )
-    unasked = max(len(document.prefix) - 1, 0)
-    logprobs = np.frombuffer(b"".join(part.logprobs for part in parts), dtype="<f4")[unasked:]
-    ranks = np.frombuffer(b"".join(part.ranks for part in parts), dtype="<i4")[unasked:]
+    logprobs = np.frombuffer(b"".join(part.logprobs for part in parts), dtype="<f4")[document.num_unasked :]
+    ranks = np.frombuffer(b"".join(part.ranks for part in parts), dtype="<i4")[document.num_unasked :]
     assert len(logprobs) == len(ranks) == document.num_scored
     return await beside_the_loop(
         lambda: _reply(document, logprobs, ranks, tokenizer=service.tokenizer, want_tokens=want_tokens),
-        size=4 * len(document.tokens),
+        size=document.tokens.nbytes,
     )
 
 
@@ -128,8 +123,8 @@ def _reply(
     tokenizer: Tokenizer,
     want_tokens: bool,
 ) -> ScoreReply:
-    scored = document.tokens[-document.num_scored :] if document.num_scored else []
-    figures = scoring.Score.of(tokenizer, scored, logprobs.tolist())
+    scored = document.tokens[len(document.tokens) - document.num_scored :]
+    figures = scoring.Score.of(tokenizer, scored.tolist(), logprobs.tolist())
     return ScoreReply(
         num_tokens=figures.num_tokens,
         num_bytes=figures.num_bytes,
@@ -151,8 +146,9 @@ def _tokens(
 ) -> list[ScoredToken]:
     """Every token of the text, the first without figures where nothing came before it."""
     decoder = StreamingDecoder(tokenizer)
-    texts = [decoder.add(token) for token in document.tokens]
+    ids = document.tokens.tolist()
+    texts = [decoder.add(token) for token in ids]
     texts[-1] += decoder.finish()
     unscored: list[None] = [None] * (len(texts) - len(logprobs))
-    columns = zip(document.tokens, texts, [*unscored, *logprobs], [*unscored, *ranks], strict=True)
+    columns = zip(ids, texts, [*unscored, *logprobs], [*unscored, *ranks], strict=True)
     return [ScoredToken(*column) for column in columns]

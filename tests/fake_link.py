@@ -33,6 +33,7 @@ class FakeLink:
         self.on_step: Callable[[Step], None] | None = None
         self.submitted: list[Generate | Score] = []
         self.cancelled: list[str] = []
+        self.num_hanging = 0
         self._endings: dict[str, asyncio.Future[Ended]] = {}
 
     async def start(self) -> None:
@@ -68,6 +69,7 @@ class FakeLink:
         self.rows_used += 1
         for i in range(message.max_new_tokens):
             if i == self.hang_after:
+                self.num_hanging += 1
                 await ending
             await asyncio.sleep(self.step_s)
             if ending.done():

@@ -20,6 +20,7 @@ from model.scoring import Score as Figures
 from model.tokenizer import BytesTokenizer
 from server.api import create_app
 from server.config import Settings
+from server.connection import EventStream
 from server.messages import Generate
 
 pytestmark = pytest.mark.anyio
@@ -213,7 +214,7 @@ async def test_a_shutdown_ends_a_stream_with_what_was_held_back():
     async with make_client(link) as client:
         body = {"inputs": "x", "stream": True, "parameters": {"stop": ["e caf\u00e9!"]}}
         request = asyncio.create_task(client.post("/generate", json=body))
-        await eventually(lambda: link.rows_used)
+        await eventually(lambda: link.num_hanging)
         link.end_all("shutdown")
         *events, last = read_events((await request).text)
     assert "".join(event["token"]["text"] for event in events) == "Th"
@@ -373,7 +374,7 @@ async def test_a_sequence_the_engine_gives_up_is_an_error_plain_and_streamed():
         link = make_link(hang_after=2)
         async with make_client(link) as client:
             request = asyncio.create_task(client.post("/generate", json={"inputs": ["a", "b"], "stream": stream}))
-            await eventually(lambda link=link: link.rows_used == 2)
+            await eventually(lambda link=link: link.num_hanging == 2)
             link.end_all("error", error="not finite")
             reply = await request
         if stream:
@@ -431,6 +432,21 @@ async def test_tokens_are_sent_as_they_come():
             assert f'"index":{index}'.encode() in await reader.readuntil(b"\n\n")
         writer.close()
         await eventually(lambda: link.cancelled)
+
+
+async def test_an_idle_stream_is_kept_alive_by_comments():
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body"))
+
+    async def wait(send_event: Any) -> None:
+        await asyncio.sleep(0.1)
+
+    await EventStream([wait], request_id="1", ping_s=0.02)({}, asyncio.Event().wait, send)
+    assert sent[0] is None
+    assert set(sent[1:-1]) == {b": ping\n\n"}
+    assert sent[-1] == b""
 
 
 # for operators

@@ -67,7 +67,7 @@ def test_a_million_wrong_ids_give_one_complaint():
         ("seed", -1),
         ("seed", 2**64),
         ("stop", "a"),
-        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", 3),
         ("truncate", 0),
         ("details", 1),
         ("ignore_eos", None),

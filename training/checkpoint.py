@@ -20,14 +20,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Pa
     """Write `state` (which has a "step") as the newest checkpoint and delete all but the last `keep`.
 
     Files of later steps go too: `load_latest` passed over them, so they are broken, and would count as the newest.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; the checkpoints before are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{state['step']:09d}.pt"
     temporary = folder / "next.writing"  # one name: what a killed process left is overwritten
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    _write(temporary, state)
     temporary.replace(path)
     files = _newest_first(folder)
     current = files.index(path)
@@ -64,6 +64,20 @@ def load_latest(folder: Path, *, config: dict[str, Any]) -> dict[str, Any] | Non
             )
         return state
     return None
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        path.unlink(missing_ok=True)
+        reason = (
+            error if isinstance(error, OSError) else error.__context__ or error
+        )  # torch covers the disk's own error
+        raise CheckpointError(f"{path} cannot be written ({reason}); the checkpoints before it are whole") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

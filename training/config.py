@@ -50,7 +50,7 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """How text becomes tokens."""
 
-    kind: Literal["bytes", "bpe", "word"] = "bytes"
+    kind: Literal["bytes", "bpe", "word"] = Field(default="bytes", description="what a token is")
     vocab_size: int | None = Field(default=None, ge=2, description="bpe: needed; word: the most frequent, empty = all")
 
     @model_validator(mode="after")
@@ -65,7 +65,7 @@ class TokenizerConfig(Section):
 class OptimConfig(Section):
     """How the model learns."""
 
-    name: Literal["adamw", "adagrad"] = "adamw"
+    name: Literal["adamw", "adagrad"] = Field(default="adamw", description="adagrad is the paper's for characters")
     lr: float = Field(gt=0, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.95), description="adamw: decay of the two moments"

@@ -99,8 +99,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Dataset:
     for split, tokens in (("valid", dataset.valid), ("test", dataset.test)):
         if tokens is not None and len(tokens) < 2 * data.block:
             raise CorpusError(
-                f"the {split} split of {corpus.name} has {len(tokens)} tokens; data.block = {data.block} needs at least "
-                f"{2 * data.block}"
+                f"the {split} split of {corpus.name} has {len(tokens)} tokens; at least {2 * data.block} are needed, "
+                f"two blocks of data.block = {data.block}"
             )
     return dataset
 
