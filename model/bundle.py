@@ -102,14 +102,14 @@ def save_bundle(
         training: whatever is worth knowing about the run, as JSON.
 
     Raises:
-        BundleError: tensors, tokenizer and config do not fit together, `training` is not JSON, or `path` holds
-            something that is not a bundle.
+        BundleError: tensors, tokenizer and config do not fit together, `training` is not JSON, `card` is not Unicode, or
+            `path` holds something that is not a bundle.
     """
     target = Path(path).resolve()
     _check_replaceable(target)
     _check_vocabulary(tokenizer, config=config, where="tokenizer")
     dtype = _check_tensors(tensors, config=config, where="tensors")
-    facts = _as_json(training)
+    facts, markdown = _as_json(training), _as_utf8(card)
     # safetensors reads an array's memory as it lies, so it must be contiguous.
     weights = serialize_tensors({name: np.ascontiguousarray(tensors[name]) for name in config.tensor_shapes()})
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def save_bundle(
         )
         (fresh / WEIGHTS).write_bytes(weights)
         (fresh / CONFIG).write_bytes(json.dumps(manifest.model_dump(mode="json"), indent=2).encode() + b"\n")
-        (fresh / CARD).write_bytes(card.encode())
+        (fresh / CARD).write_bytes(markdown)
         _flush(*(fresh / name for name in _FILES), fresh)
         _swap(fresh, target=target)
     finally:
@@ -285,6 +285,13 @@ def _as_json(training: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise BundleError(f"training cannot be written as JSON: {error}") from error
     return facts
+
+
+def _as_utf8(card: str) -> bytes:
+    try:
+        return card.encode()
+    except UnicodeEncodeError as error:
+        raise BundleError(f"card: character {error.start} is a lone surrogate, which has no UTF-8 form") from error
 
 
 def _swap(fresh: Path, *, target: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_link import FakeLink
-from test_server_api import eventually, make_bundle, make_link, read_events
+from http_harness import eventually, make_bundle, make_link, read_events
 
 from server.__main__ import ListenError, banner, listen, main, serve
 from server.config import Settings

@@ -1,0 +1,229 @@
+"""One table over one small bundle: every path gives the oracle's logits, or the same text, or the same figures.
+
+oracle = training forward = any block split = baked in chunks = baked token by token = ragged batch = runner and engine
+= /score = training.evaluate.
+"""
+
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+import numpy as np
+import oracle
+import pytest
+import torch
+from agreement_bundle import TEXT, build_network, text_tokens, write_bundle
+
+from model.baked import bake, score_document
+from model.bundle import open_bundle
+from model.network import AllAttentionLM
+from model.scoring import Score
+from server.api import create_app
+from server.config import Settings
+from server.engine import Engine
+from server.link import EngineLink
+from server.messages import Generate, Sampling
+from server.messages import Score as ScoreRequest
+from server.runner import TorchRunner
+from training.evaluate import evaluate
+
+LENGTH = 230  # beyond the longest ring of 160, in which every slot has been overwritten
+TOLERANCE = 1e-4
+KINDS = ("masked", "zero")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def network(request) -> AllAttentionLM:
+    return build_network(request.param)
+
+
+@pytest.fixture(scope="module")
+def wanted(network) -> torch.Tensor:
+    """The oracle's logits, [T, V]."""
+    config = network.config
+    weights = {name: tensor.double().numpy() for name, tensor in network.state_dict().items()}
+    logits = oracle.logits(
+        weights,
+        text_tokens(LENGTH).tolist(),
+        num_heads=config.num_heads,
+        max_span=config.max_span,
+        span_ramp=config.span_ramp,
+        empty_slots=config.empty_slots,
+    )
+    return torch.from_numpy(logits).float()
+
+
+def check(logits: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert (logits - wanted).abs().max() <= TOLERANCE
+    assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
+
+
+def training_logits(network, sizes):
+    cache = network.init_cache(1)
+    parts = []
+    with torch.no_grad():
+        for block in torch.split(torch.from_numpy(text_tokens(LENGTH))[None], sizes, 1):
+            hidden, cache = network(block, cache)
+            parts.append(network.logits(hidden)[0])
+    return torch.cat(parts)
+
+
+def in_chunks(model, size):
+    cache = model.allocate(1)
+    parts = []
+    for chunk in torch.from_numpy(text_tokens(LENGTH)).split(size):
+        hidden, new = model.extend(chunk[None], cache, [0])
+        cache.commit([0], new, [len(chunk)])
+        parts.append(model.logits(hidden[0]))
+    return torch.cat(parts)
+
+
+def token_by_token(model):
+    cache = model.allocate(1)
+    parts = []
+    for token in torch.from_numpy(text_tokens(LENGTH)):
+        hidden, new = model.decode(token[None], cache)
+        cache.commit([0], new, [1])
+        parts.append(model.logits(hidden))
+    return torch.cat(parts)
+
+
+def ragged(model):
+    """Five rows at different places of the text, moving at random in both kinds of step, some resting, one moved."""
+    random = np.random.default_rng(4)
+    text = text_tokens(LENGTH)
+    cache = model.allocate(6)
+    seen: list[list[torch.Tensor]] = [[] for _ in range(5)]
+    row_of = list(range(5))
+    while min(map(len, seen)) < LENGTH:
+        if random.random() < 0.05:  # a row changes places with the spare one
+            stream = int(random.integers(5))
+            spare = next(row for row in range(6) if row not in row_of)
+            cache.move(row_of[stream], spare)
+            row_of[stream] = spare
+        streams = [int(s) for s in random.permutation(5)[: random.integers(1, 6)] if len(seen[s]) < LENGTH]
+        if not streams:
+            continue
+        if random.random() < 0.6:
+            decode_some(model, cache, text, seen, streams, row_of)
+        else:
+            counts = [int(min(random.integers(1, 50), LENGTH - len(seen[s]))) for s in streams]
+            tokens = np.zeros((len(streams), max(counts)), dtype=np.int64)
+            for line, stream, count in zip(tokens, streams, counts, strict=True):
+                line[:count] = text[len(seen[stream]) :][:count]
+            rows = [row_of[stream] for stream in streams]
+            hidden, new = model.extend(torch.from_numpy(tokens), cache, rows)
+            cache.commit(rows, new, counts)
+            for line, stream, count in zip(hidden, streams, counts, strict=True):
+                seen[stream] += list(model.logits(line[:count]))
+    return [torch.stack(logits) for logits in seen]
+
+
+def decode_some(model, cache, text, seen, streams, row_of):
+    width = max(row_of[stream] for stream in streams) + 1
+    tokens, num_new = np.zeros(width, dtype=np.int64), np.zeros(width, dtype=np.int64)
+    for stream in streams:
+        tokens[row_of[stream]] = text[len(seen[stream])]
+        num_new[row_of[stream]] = 1
+    hidden, new = model.decode(torch.from_numpy(tokens), cache)
+    cache.commit(range(width), new, num_new.tolist())
+    for stream in streams:
+        seen[stream].append(model.logits(hidden[row_of[stream]]))
+
+
+def test_the_bundle_has_rings_of_several_sizes_in_one_layer(network):
+    groups = [layer.groups for layer in bake(network).layers]
+    assert len(groups[0]) > 1
+    assert len({group.num_slots for layer in groups for group in layer}) > 2
+
+
+@pytest.mark.parametrize("sizes", [[LENGTH], [64] * 3 + [38], [1] * LENGTH, [199, 31]], ids=str)
+def test_training_forward_in_any_block_split(network, wanted, sizes):
+    check(training_logits(network, sizes), wanted)
+
+
+@pytest.mark.parametrize("size", [LENGTH, 128, 37, 1])
+def test_baked_in_chunks(network, wanted, size):
+    check(in_chunks(bake(network), size), wanted)
+
+
+def test_baked_token_by_token(network, wanted):
+    check(token_by_token(bake(network)), wanted)
+
+
+def test_ragged_batch_of_both_kinds_of_step(network, wanted):
+    for logits in ragged(bake(network)):
+        check(logits, wanted)
+
+
+def greedy_text(wanted_of, prompt, length):
+    """The greedy continuation by a function from tokens to logits."""
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(int(wanted_of(tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_engine_generates_the_training_forward_s_greedy_tokens(network):
+    def logits(tokens):
+        with torch.no_grad():
+            return network.logits(network(torch.tensor([tokens]), network.init_cache(1))[0])[0]
+
+    engine = Engine(TorchRunner(bake(network), num_rows=3), chunk_tokens=16, budget_tokens=32)
+    prompts = {str(n): text_tokens(n).tolist() for n in (1, 7, 40, 100, 200)}
+    greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+    for name, prompt in prompts.items():
+        engine.submit(Generate(name, np.array(prompt, "<i4").tobytes(), greedy, 12, ()))
+    found: dict[str, list[int]] = {name: [] for name in prompts}
+    while engine.has_work:
+        for token in engine.step().tokens:
+            found[token.sequence].append(token.token)
+    assert found == {name: greedy_text(logits, prompt, 12) for name, prompt in prompts.items()}
+
+
+def test_engine_and_document_scores(network, wanted):
+    text = text_tokens(LENGTH)
+    expected = wanted.log_softmax(-1)[:-1].gather(-1, torch.from_numpy(text[1:, None]))[:, 0].numpy()
+    model = bake(network)
+    document = np.concatenate([logprobs for logprobs, _ in score_document(model, text, chunk_tokens=50)])
+    assert np.abs(document - expected).max() <= TOLERANCE
+    engine = Engine(TorchRunner(model, num_rows=2), chunk_tokens=33, budget_tokens=40)
+    engine.submit(ScoreRequest("a", text.astype("<i4").tobytes()))
+    scores = []
+    while engine.has_work:
+        scores += [np.frombuffer(part.logprobs, "<f4") for part in engine.step().scores]
+    assert np.abs(np.concatenate(scores) - expected).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("empty_slots", KINDS)
+def test_score_over_http_equals_evaluate_and_the_oracle(tmp_path: Path, empty_slots):
+    bundle = open_bundle(write_bundle(tmp_path / "bundle", empty_slots))
+    network = build_network(empty_slots)
+    evaluated = evaluate(bake(network), bundle.tokenizer, text_tokens(len(TEXT.encode()))).score
+    reply = asyncio.run(post_score(bundle, TEXT))
+    assert reply["num_tokens"] == evaluated.num_tokens == len(TEXT.encode()) - 1
+    for figure in ("logprob", "perplexity", "word_perplexity", "bits_per_token", "bits_per_byte", "bits_per_char"):
+        assert reply[figure] == pytest.approx(getattr(evaluated, figure), rel=1e-6), figure
+    logits = training_logits(network, [LENGTH])
+    head = text_tokens(LENGTH)
+    logprobs = logits.log_softmax(-1)[:-1].gather(-1, torch.from_numpy(head[1:, None]))[:, 0]
+    by_training = Score.of(bundle.tokenizer, head[1:].tolist(), logprobs.tolist())
+    part = asyncio.run(post_score(bundle, bundle.tokenizer.decode(head.tolist())))
+    assert part["bits_per_byte"] == pytest.approx(by_training.bits_per_byte, rel=1e-5)
+
+
+async def post_score(bundle, text: str) -> dict:
+    """The reply of a real engine process behind the real HTTP side."""
+    settings = Settings(bundle=bundle.path, num_rows=2, num_threads=1)
+    link = EngineLink(settings)
+    await link.start()
+    try:
+        transport = httpx.ASGITransport(create_app(settings=settings, bundle=bundle, link=link))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            response = await client.post("/score", content=json.dumps({"inputs": text}))
+            assert response.status_code == 200, response.text
+            return response.json()
+    finally:
+        await link.close(grace_s=0)
