@@ -102,8 +102,8 @@ def save_bundle(
         training: whatever is worth knowing about the run, as JSON.
 
     Raises:
-        BundleError: tensors, tokenizer and config do not fit together, `training` is not JSON, `card` is not Unicode, or
-            `path` holds something that is not a bundle.
+        BundleError: tensors, tokenizer and config do not fit together, `training` is not JSON, `card` has no UTF-8
+            form, or `path` holds something that is not a bundle.
     """
     target = Path(path).resolve()
     _check_replaceable(target)

@@ -12,24 +12,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialize_tensors
 
 from model.bundle import CARD, CONFIG, TOKENIZER, WEIGHTS, BundleError, open_bundle, save_bundle
 from model.config import ModelConfig
 from model.network import AllAttentionLM
-from model.tokenizer import BytesTokenizer, train_bpe, train_words
+from model.tokenizer import BytesTokenizer, Tokenizer, train_bpe, train_words
 
 SMALL = ModelConfig(vocab_size=256, num_layers=2, width=8, num_heads=2, num_persistent=3, max_span=5)
-WORDS = ModelConfig(
-    vocab_size=7,
-    num_layers=1,
-    width=8,
-    num_heads=2,
-    num_persistent=3,
-    max_span=5,
-    embedding="adaptive",
-    adaptive_cutoffs=(3, 5),
-    adaptive_div=2,
+WORDS = SMALL.model_copy(
+    update={"vocab_size": 7, "embedding": "adaptive", "adaptive_cutoffs": (3, 5), "adaptive_div": 2}
 )
 TRAINING = {"corpus": "shakespeare", "steps": 20, "valid": {"bits_per_byte": 2.5}, "seeds": [1, 2], "notes": None}
 
@@ -45,7 +38,7 @@ class Given(NamedTuple):
     """Good arguments of `save_bundle`, for a test to spoil one."""
 
     config: ModelConfig = SMALL
-    tokenizer: BytesTokenizer = BytesTokenizer()
+    tokenizer: Tokenizer = BytesTokenizer()
     card: str = "# Größe\r\n"
     training: dict[str, Any] = TRAINING
 
@@ -84,9 +77,7 @@ def replace_file(bundle: Path, name: str, content: bytes) -> None:
 def replace_weights(bundle: Path, edit: Callable[[Tensors], object]) -> None:
     tensors = load_file(bundle / WEIGHTS)
     edit(tensors)
-    other = bundle.parent / "other.safetensors"
-    save_file(tensors, other)
-    replace_file(bundle, WEIGHTS, other.read_bytes())
+    replace_file(bundle, WEIGHTS, serialize_tensors(tensors))
 
 
 # Reading back
@@ -104,15 +95,15 @@ def test_a_bundle_gives_back_what_was_saved(dtype: type, tmp_path: Path) -> None
     assert list(read) == list(SMALL.tensor_shapes())
     for name, array in read.items():
         assert array.dtype == np.float32
+        assert array.flags.writeable
         np.testing.assert_array_equal(array, tensors[name].astype(np.float32))
 
 
 def test_adaptive_words_and_bpe_make_bundles_too(tmp_path: Path) -> None:
-    words = train_words(["a b c d e\n"])
-    save_bundle(tmp_path / "words", config=WORDS, tokenizer=words, tensors=random_tensors(WORDS), card="", training={})
+    save(tmp_path / "words", random_tensors(WORDS), Given(config=WORDS, tokenizer=train_words(["a b c d e\n"])))
     bpe = train_bpe(["hello hello"], vocab_size=260, eos=True)
     config = SMALL.model_copy(update={"vocab_size": 260})
-    save_bundle(tmp_path / "bpe", config=config, tokenizer=bpe, tensors=random_tensors(config), card="", training={})
+    save(tmp_path / "bpe", random_tensors(config), Given(config=config, tokenizer=bpe))
 
     assert open_bundle(tmp_path / "words").config == WORDS
     assert open_bundle(tmp_path / "bpe").tokenizer.eos_id == 259
@@ -124,13 +115,6 @@ def test_the_network_takes_the_tensors_without_a_copy_or_a_warning(saved: Path) 
     network.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
 
     np.testing.assert_array_equal(network.state_dict()["position"].numpy(), tensors["position"])
-
-
-def test_tensors_are_fresh_each_time(saved: Path) -> None:
-    bundle = open_bundle(saved)
-    bundle.tensors()["position"][:] = 0
-
-    assert bundle.tensors()["position"].all()
 
 
 def test_arrays_that_lie_transposed_in_memory_are_stored_right(tmp_path: Path) -> None:
@@ -149,11 +133,10 @@ def test_equal_weights_have_an_equal_hash_which_is_that_of_the_file(saved: Path,
 
 
 def test_the_size_is_that_of_the_four_files(saved: Path) -> None:
+    num_bytes = sum(file.stat().st_size for file in saved.iterdir())
     (saved / "notes.txt").write_text("not counted")
 
-    assert open_bundle(saved).size_bytes == sum(
-        (saved / name).stat().st_size for name in (CARD, CONFIG, WEIGHTS, TOKENIZER)
-    )
+    assert open_bundle(saved).size_bytes == num_bytes
 
 
 def test_config_json_holds_the_documented_facts(saved: Path) -> None:
@@ -199,15 +182,6 @@ def test_weights_cut_short_are_named_with_both_sizes(kept: int, saved: Path) -> 
         open_bundle(saved)
 
 
-def test_weights_short_of_their_last_byte_are_refused(saved: Path) -> None:
-    (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-1])
-
-    with pytest.raises(
-        BundleError, match=r"model\.safetensors was changed or cut short: its sha256 is .*copy the bund"
-    ):
-        open_bundle(saved)
-
-
 @pytest.mark.parametrize("name", [WEIGHTS, TOKENIZER])
 def test_one_changed_byte_is_noticed(name: str, saved: Path) -> None:
     content = bytearray((saved / name).read_bytes())
@@ -220,17 +194,17 @@ def test_one_changed_byte_is_noticed(name: str, saved: Path) -> None:
         open_bundle(saved)
 
 
-def test_weights_that_are_no_safetensors_file_are_refused(saved: Path) -> None:
-    replace_file(saved, WEIGHTS, b"\xff" * 100_000)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (WEIGHTS, b"\xff" * 100_000, r"model\.safetensors is not a safetensors file"),
+        (TOKENIZER, b"{}", r"tokenizer\.json is not a readable tokenizer file"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(name: str, content: bytes, message: str, saved: Path) -> None:
+    replace_file(saved, name, content)
 
-    with pytest.raises(BundleError, match=r"model\.safetensors is not a safetensors file"):
-        open_bundle(saved)
-
-
-def test_a_tokenizer_file_that_is_none_is_refused(saved: Path) -> None:
-    replace_file(saved, TOKENIZER, b"{}")
-
-    with pytest.raises(BundleError, match=r"tokenizer\.json is not a readable tokenizer file"):
+    with pytest.raises(BundleError, match=message):
         open_bundle(saved)
 
 
@@ -238,24 +212,24 @@ def test_a_tokenizer_of_another_size_is_refused_with_both_sizes(saved: Path) -> 
     other = saved.parent / "other.json"
     train_words(["a b c\n"]).save(other)
     replace_file(saved, TOKENIZER, other.read_bytes())
-
     with pytest.raises(BundleError, match=r"tokenizer\.json has 5 tokens and the model's vocab_size is 256"):
         open_bundle(saved)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        (b"{", r"config\.json is not valid JSON \(Expecting .*copy the bundle again"),
-        (b"[1]", r"config\.json must hold a JSON object, not list"),
-        (b"\xff", r"config\.json is not UTF-8 text"),
-        (b"{}", r"config\.json: format is None and this version reads 1"),
-        (b'{"format": 2}', r"config\.json: format is 2 and this version reads 1; open .* with the version of allattn"),
-        (b'{"format": 1}', r"config\.json: model: Field required; weights: Field required"),
+        (CARD, b"\xff", r"README\.md is not UTF-8 text .*copy the bundle again"),
+        (CONFIG, b"\xff", r"config\.json is not UTF-8 text"),
+        (CONFIG, b"{", r"config\.json is not valid JSON \(Expecting .*copy the bundle again"),
+        (CONFIG, b"[1]", r"config\.json must hold a JSON object, not list"),
+        (CONFIG, b"{}", r"config\.json: format is None and this version reads 1"),
+        (CONFIG, b'{"format": 2}', r"config\.json: format is 2 and this version reads 1; open .* version of allattn"),
+        (CONFIG, b'{"format": 1}', r"config\.json: model: Field required; weights: Field required"),
     ],
 )
-def test_a_broken_config_is_named_with_its_fault(content: bytes, message: str, saved: Path) -> None:
-    (saved / CONFIG).write_bytes(content)
+def test_a_broken_text_file_is_named_with_its_fault(name: str, content: bytes, message: str, saved: Path) -> None:
+    (saved / name).write_bytes(content)
 
     with pytest.raises(BundleError, match=message):
         open_bundle(saved)
@@ -288,16 +262,10 @@ def test_a_wrong_fact_in_the_config_is_named(part: str, fields: dict[str, Any], 
     [
         (lambda t: t.update(extra=np.zeros(2, np.float32)), r"model\.safetensors: unexpected extra"),
         (lambda t: t.update(extra=t.pop("position")), r"model\.safetensors: missing position"),
-        (
-            lambda t: t.update(position=t["position"].T.copy()),
-            r"position has shape \(5, 4\), the config needs \(4, 5\)",
-        ),
+        (lambda t: t.update(position=t["position"].T.copy()), r"position has shape \(5, 4\), .* needs \(4, 5\)"),
         (lambda t: t["position"].fill(np.nan), r"position holds values that are not finite"),
         (lambda t: t["layers.1.span"].fill(np.inf), r"layers\.1\.span holds values that are not finite"),
-        (
-            lambda t: t.update(position=t["position"].astype(np.float64)),
-            r"weights are float32, float64; they must all be float32 or all float16",
-        ),
+        (lambda t: t.update(position=t["position"].astype(float)), "float32, float64; they must all be float32 or all"),
     ],
 )
 def test_weights_that_do_not_fit_the_config_are_named(
@@ -306,13 +274,6 @@ def test_weights_that_do_not_fit_the_config_are_named(
     replace_weights(saved, edit)
 
     with pytest.raises(BundleError, match=message):
-        open_bundle(saved)
-
-
-def test_a_card_that_is_not_text_is_refused(saved: Path) -> None:
-    (saved / CARD).write_bytes(b"\xff")
-
-    with pytest.raises(BundleError, match=r"README\.md is not UTF-8 text"):
         open_bundle(saved)
 
 
@@ -327,42 +288,35 @@ def test_a_bundle_replaced_after_it_was_opened_gives_no_foreign_weights(saved: P
 # Faults in what is saved
 
 
+def spoiled(name: str, array: NDArray[Any]) -> Tensors:
+    return random_tensors(seed=1) | {name: array}
+
+
 @pytest.mark.parametrize(
-    ("name", "array", "message"),
+    ("tensors", "given", "message"),
     [
-        ("position", np.zeros((5, 4), np.float32), r"tensors: position has shape \(5, 4\)"),
-        ("extra", np.zeros(2, np.float32), "tensors: unexpected extra"),
-        ("position", np.full((4, 5), np.nan, np.float32), "tensors: position holds values that are not finite"),
-        ("position", np.zeros((4, 5)), "tensors: weights are float32, float64"),
-        ("position", np.zeros((4, 5), np.float16), "tensors: weights are float16, float32"),
+        (spoiled("position", np.zeros((5, 4), np.float32)), GOOD, r"tensors: position has shape \(5, 4\)"),
+        (spoiled("extra", np.zeros(2, np.float32)), GOOD, "tensors: unexpected extra"),
+        (spoiled("position", np.full((4, 5), np.nan, np.float32)), GOOD, "tensors: position .* not finite"),
+        (spoiled("position", np.zeros((4, 5))), GOOD, "tensors: weights are float32, float64"),
+        (spoiled("position", np.zeros((4, 5), np.float16)), GOOD, "tensors: weights are float16, float32"),
+        (random_tensors(), Given(tokenizer=train_words(["a\n"])), "tokenizer has 3 tokens .* vocab_size is 256"),
+        (random_tensors(), Given(training={"where": Path("here")}), "training cannot .* as JSON: .*PosixPath"),
+        (random_tensors(), Given(training={"loss": float("nan")}), "training cannot .* as JSON: Out of range float"),
+        (random_tensors(), Given(card="\ud800"), "card: character 0 is a lone surrogate"),
     ],
 )
-def test_wrong_tensors_leave_the_old_bundle_and_nothing_else(
-    name: str, array: NDArray[Any], message: str, saved: Path
+def test_a_wrong_argument_leaves_the_old_bundle_and_nothing_else(
+    tensors: Tensors, given: Given, message: str, saved: Path
 ) -> None:
-    before = open_bundle(saved)
+    before = open_bundle(saved).hash
 
-    with pytest.raises(BundleError, match=message):
-        save(saved, random_tensors(seed=1) | {name: array})
+    for place in (saved, saved.parent / "new"):
+        with pytest.raises(BundleError, match=message):
+            save(place, tensors, given)
 
-    assert open_bundle(saved).hash == before.hash
+    assert open_bundle(saved).hash == before
     assert names_in(saved.parent) == ["bundle"]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (Given(config=SMALL.model_copy(update={"vocab_size": 300})), "tokenizer has 256 tokens .* vocab_size is 300"),
-        (Given(training={"where": Path("here")}), "training cannot be written as JSON: .*PosixPath"),
-        (Given(training={"loss": float("nan")}), "training cannot be written as JSON: Out of range float"),
-        (Given(card="\ud800"), "card: character 0 is a lone surrogate"),
-    ],
-)
-def test_arguments_that_do_not_fit_leave_nothing_behind(given: Given, message: str, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=message):
-        save(tmp_path / "bundle", random_tensors(), given)
-
-    assert names_in(tmp_path) == []
 
 
 class DiskFull(BytesTokenizer):
@@ -403,9 +357,6 @@ def test_a_swap_that_breaks_between_its_renames_puts_the_old_bundle_back(
     assert names_in(saved.parent) == ["bundle"]
 
 
-# Places to save
-
-
 def test_saving_over_a_bundle_replaces_all_of_it_and_leaves_no_litter(saved: Path) -> None:
     save(saved, random_tensors(seed=1), Given(card="new", training={}))
     bundle = open_bundle(saved)
@@ -433,28 +384,16 @@ def test_a_link_to_a_bundle_stays_a_link(saved: Path) -> None:
     assert open_bundle(saved).hash == open_bundle(link).hash
 
 
-def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+def test_what_is_not_only_a_bundle_is_never_replaced(saved: Path) -> None:
+    work = saved / "thesis.tex"
+    work.write_text("years of work")
 
-    with pytest.raises(BundleError, match=r"exists and is not a bundle \(it has thesis\.tex, .*it was left as it is"):
-        save(tmp_path, random_tensors())
-
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_a_bundle_with_a_stranger_in_it_is_never_replaced(saved: Path) -> None:
-    (saved / "notes.txt").write_text("mine")
-
-    with pytest.raises(BundleError, match=r"is not a bundle \(it has .*notes\.txt"):
+    with pytest.raises(BundleError, match=r"is not a bundle \(it has .*thesis\.tex, .*it was left as it is"):
+        save(saved, random_tensors())
+    with pytest.raises(BundleError, match=r"thesis\.tex is a file; a bundle is a folder"):
+        save(work, random_tensors())
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(BundleError, match="is not a bundle"):
         save(saved, random_tensors())
 
-    assert (saved / "notes.txt").read_text() == "mine"
-
-
-def test_a_file_in_the_place_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-
-    with pytest.raises(BundleError, match="file is a file; a bundle is a folder"):
-        save(tmp_path / "file", random_tensors())
-
-    assert (tmp_path / "file").read_text() == "mine"
+    assert work.read_text() == "years of work"

@@ -115,7 +115,9 @@ def checkpoints_of(config: RunConfig) -> Path:
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """What must be the same for a run to go on: all that decides its numbers."""
-    return config.model_dump(mode="json", include={"seed", "dtype", "model", "data", "tokenizer", "optim"})
+    places = {"data": {"path", "cache_dir"}}
+    parts = {"seed", "dtype", "model", "data", "tokenizer", "optim"}
+    return config.model_dump(mode="json", include=parts, exclude=places)
 
 
 if __name__ == "__main__":
