@@ -43,8 +43,8 @@ class ModelShape(BaseModel):
     )
     empty_slots: Literal["masked", "zero"] = Field(
         default="masked",
-        description="what a query sees before the stream began: nothing, or, as in the official code, zero vectors that "
-        "take a share of the attention through the position term",
+        description="what a query sees before the stream began: nothing, or (official code) zero vectors that take "
+        "a share of the attention through the position term",
     )
 
     @model_validator(mode="after")

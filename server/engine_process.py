@@ -1,16 +1,19 @@
 """The engine's own process: load, warm up, say Ready, then turn messages into steps until told, or left, to end.
 
 Started by `server.link` as `python -m server.engine_process OPTIONS`, OPTIONS being an `EngineOptions` as JSON.
-Messages travel as msgpack over two ZeroMQ pipes that the API process has bound. SIGTERM ends it in order.
+Messages travel as msgpack over two ZeroMQ pipes that the API process has bound. SIGTERM ends it in order; so does, at
+once, the end of its standard input, whose other end the API process holds for as long as it lives.
 """
 
-import ctypes
+import contextlib
 import importlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+from pathlib import Path
 from types import FrameType
 
 import msgspec
@@ -22,7 +25,6 @@ from server.messages import Cancel, Died, EngineOptions, Generate, Heartbeat, Re
 from server.sequence import Runner
 
 HEARTBEAT_S = 0.5  # at least so often the process says that its loop turns
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class EngineProcess:
@@ -30,7 +32,6 @@ class EngineProcess:
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
-        self._parent = os.getppid()
         self._asked_to_end = False
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
@@ -40,7 +41,7 @@ class EngineProcess:
         self._outbox.connect(options.outbox)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
-        self._last_said = self._last_step = time.monotonic()
+        self._last_said = time.monotonic()
 
     def run(self) -> int:
         """Serve until the end; the exit status."""
@@ -49,7 +50,7 @@ class EngineProcess:
             engine = Engine(runner, chunk_tokens=self._options.chunk_tokens, budget_tokens=self._options.budget_tokens)
             warm_up(engine)
             self._say(ready(runner))
-            while not self._asked_to_end and os.getppid() == self._parent:
+            while not self._asked_to_end:
                 self._turn(engine)
             self._say(engine.shutdown())
             return 0
@@ -87,9 +88,8 @@ class EngineProcess:
             wait_ms = 0
         if engine.has_work:
             self._say(engine.step())
-            self._last_step = time.monotonic()
         elif time.monotonic() - self._last_said >= HEARTBEAT_S:
-            self._say(Heartbeat(last_step_age_s=time.monotonic() - self._last_step))
+            self._say(Heartbeat())
 
     def _hear(self, engine: Engine, data: bytes) -> None:
         match self._decoder.decode(data):
@@ -129,10 +129,27 @@ def ready(runner: Runner) -> Ready:
     )
 
 
+def end_with_parent(options: EngineOptions) -> None:
+    """Wait until the API process is gone, however it went, then remove the pipes with their folder and end this one.
+
+    A thread, so that neither loading nor a step that hangs is in its way; the end of standard input cannot be missed,
+    not even where the parent goes before this process has come to look.
+    """
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    pipes = [Path(address.removeprefix("ipc://")) for address in (options.inbox, options.outbox)]
+    with contextlib.suppress(OSError):  # the folder is not empty, or not ours to remove
+        for pipe in pipes:
+            pipe.unlink(missing_ok=True)
+        pipes[0].parent.rmdir()
+    os._exit(1)
+
+
 def main(argv: list[str]) -> int:
     """Run the engine that `argv[0]` describes; never outlives the API process."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    process = EngineProcess(msgspec.json.decode(argv[0], type=EngineOptions))
+    options = msgspec.json.decode(argv[0], type=EngineOptions)
+    threading.Thread(target=end_with_parent, args=(options,), daemon=True).start()
+    process = EngineProcess(options)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both processes: the API process decides
     signal.signal(signal.SIGTERM, process.ask_to_end)
     return process.run()

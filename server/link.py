@@ -81,7 +81,8 @@ class EngineLink:
         self._runner = runner
         self._streams: dict[str, Stream] = {}
         self._process: asyncio.subprocess.Process | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._reader: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()  # ready, failed or closed
         self._heard = self._stepped = time.monotonic()
         self._encoder = msgspec.msgpack.Encoder()
@@ -108,9 +109,15 @@ class EngineLink:
         self._inbox = zmq.asyncio.Context.instance().socket(zmq.PULL)
         _listen(self._inbox, self._steps)
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "server.engine_process", msgspec.json.encode(self._options()).decode()
+            sys.executable,
+            "-m",
+            "server.engine_process",
+            msgspec.json.encode(self._options()).decode(),
+            stdin=asyncio.subprocess.PIPE,  # never written to: its end tells the engine that this process is gone
         )
-        self._tasks = [asyncio.create_task(self._read(self._inbox)), asyncio.create_task(self._watch())]
+        self._reader = asyncio.create_task(self._read(self._inbox))
+        self._watcher = asyncio.create_task(self._watch())
+        self._reader.add_done_callback(self._reader_ended)
         await self._settled.wait()
 
     def submit(self, message: Generate | Score) -> Stream:
@@ -136,10 +143,9 @@ class EngineLink:
         deadline = time.monotonic() + grace_s
         while self._streams and self.state == "draining" and time.monotonic() < deadline:
             await asyncio.sleep(WATCH_S / 4)
+        await _cancel(self._watcher)  # from here on an end of the process is no failure
         await self._end_process()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _cancel(self._reader)
         self._end_streams("shutdown", "")
         self._outbox.close(linger=0)
         if self._inbox is not None:
@@ -197,13 +203,21 @@ class EngineLink:
     async def _watch(self) -> None:
         """Fail when the process is gone, or silent though work is pending."""
         assert self._process is not None
+        heard, silent_s = self._heard, 0.0
         while self.state != "failed":
             await asyncio.sleep(WATCH_S)
+            # In turns of this loop, not by the clock: where the loop itself was held up, messages only wait to be read.
+            silent_s = silent_s + WATCH_S if self._streams and self._heard == heard else 0.0
+            heard = self._heard
             status = self._process.returncode
             if status is not None:
                 self._fail(f"the engine process ended with status {status}")
-            elif self._streams and self.heartbeat_age_s > HANG_S:
-                self._fail(f"the engine process has been silent for {self.heartbeat_age_s:.1f} s")
+            elif silent_s > HANG_S:
+                self._fail(f"the engine process has been silent for {silent_s:.1f} s")
+
+    def _reader_ended(self, reader: asyncio.Task[None]) -> None:
+        if not reader.cancelled() and (error := reader.exception()):
+            self._fail(f"its messages cannot be read: {type(error).__name__}: {error}")
 
     def _fail(self, why: str) -> None:
         if self.state == "failed":
@@ -240,6 +254,12 @@ class EngineLink:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+
+
+async def _cancel(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _ended(sequence: str, finish_reason: str, error: str) -> Ended:

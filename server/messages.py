@@ -112,9 +112,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
-    """Sent at least once a second while the engine's loop turns."""
-
-    last_step_age_s: float
+    """Sent at least once a second while the engine's loop turns and has no step to tell of."""
 
 
 class Died(msgspec.Struct, tag=True, frozen=True):

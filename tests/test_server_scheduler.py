@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from server.messages import Sampling, Score
-from server.messages import Generate
+from server.messages import Generate, Sampling, Score
 from server.scheduler import Move, Scheduler
 from server.sequence import Phase, Sequence
 

@@ -25,44 +25,36 @@ def training_facts(run: Run, evaluations: dict[str, Evaluation], baked: BakedLM)
 
 def bundle_card(facts: dict[str, Any], baked: BakedLM, *, name: str, notes: Path | None) -> str:
     """The README of a bundle, in Markdown. `notes` is a file of one's own words that is put in."""
-    config = baked.config
-    rows = [
-        f"| {split} | {figures['bits_per_byte']:.4f} | {figures['nats_per_char']:.4f} | {figures['perplexity']:.2f} | "
-        + " | ".join(f"{bits:.4f}" for bits in figures["cold_bits_per_byte"].values())
-        + " |"
-        for split, figures in facts["splits"].items()
+    config, splits = baked.config, facts["splits"]
+    lengths = list(next(iter(splits.values()))["cold_bits_per_byte"])
+    cold = [f"bits per byte, first {length} tokens of fresh streams" for length in lengths]
+    head = ["split", "bits per byte", "nats per character", "perplexity per token", *cold]
+    parts = [
+        f"# {name}",
+        f"""An all-attention language model (arXiv 1907.01470): no feed-forward layers; its heads attend to the context and
+to learned persistent vectors. {config.num_parameters / 1e6:.2f} M parameters: {config.num_layers} layers, width
+{config.width}, {config.num_heads} heads, {config.num_persistent} persistent vectors a head, spans of up to
+{config.max_span} tokens, a vocabulary of {config.vocab_size}.""",
+        f"""Trained with `python -m training.run` on {facts["data"]}: {facts["steps"]:,} steps, {facts["tokens_seen"]:,}
+tokens ({facts["epochs"]} epochs), {facts["seconds"]:,.0f} s in steps. Every setting is in config.json under `training`.""",
+        _table(head, [_row(split, figures) for split, figures in splits.items()]),
+        *([notes.read_text(encoding="utf-8").strip()] if notes else []),
+        f"""A live stream costs {facts["state_bytes"]:,} bytes, whatever its length. How far each head looks back, in
+tokens:""",
+        _table(
+            ["layer", "heads"], [[str(i), ", ".join(map(str, reaches))] for i, reaches in enumerate(facts["spans"])]
+        ),
     ]
-    lengths = list(next(iter(facts["splits"].values()))["cold_bits_per_byte"])
-    head = ["split", "bits per byte", "nats per character", "perplexity per token"]
-    head += [f"bits per byte, first {length} tokens of a fresh stream" for length in lengths]
-    spans = [f"| {layer} | {', '.join(map(str, reaches))} |" for layer, reaches in enumerate(facts["spans"])]
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            "An all-attention language model (arXiv 1907.01470): no feed-forward layers, heads that attend to the context and",
-            f"to learned persistent vectors. {config.num_parameters / 1e6:.2f} M parameters: {config.num_layers} layers, width "
-            f"{config.width}, {config.num_heads} heads,",
-            f"{config.num_persistent} persistent vectors a head, spans up to {config.max_span}, vocabulary "
-            f"{config.vocab_size}. Trained with `python -m training.run`",
-            f"on {facts['data']}: {facts['steps']:,} steps, {facts['tokens_seen']:,} tokens ({facts['epochs']} epochs), "
-            f"{facts['seconds']:,.0f} s in steps.",
-            "",
-            f"| {' | '.join(head)} |",
-            f"|{'---|' * len(head)}",
-            *rows,
-            "",
-            *([notes.read_text(encoding="utf-8").rstrip(), ""] if notes else []),
-            f"A live stream costs {facts['state_bytes']:,} bytes, whatever its length. How far each head looks back, in tokens:",
-            "",
-            "| layer | spans of its heads |",
-            "|---|---|",
-            *spans,
-            "",
-            "Every setting of the run is in config.json under `training`.",
-            "",
-        ]
-    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(split: str, figures: dict[str, Any]) -> list[str]:
+    numbers = [figures["bits_per_byte"], figures["nats_per_char"], figures["perplexity"]]
+    return [split, *(f"{number:.4f}" for number in (*numbers, *figures["cold_bits_per_byte"].values()))]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _figures(evaluation: Evaluation) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How good a model is: the exact loss of a split in one pass, and the loss of streams that begin cold.
 
-Both go through the baked model, the one that is served, and end in `model.scoring.Score`; /score gives the same figures.
+Both go through the baked model, the one that is served, and end in `model.scoring.Score`: /score gives the same.
 """
 
 from collections.abc import Sequence

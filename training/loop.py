@@ -21,7 +21,7 @@ from training.optim import Optimizer
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is not a number any more; raised before the update, so that the weights are still those of the step before."""
+    """The loss is not a number any more. Raised before the update: the weights are those of the step before."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Report:
 
 
 class Run:
-    """A model in training with its optimizer, data position, caches and clock; `state` is all that a checkpoint needs."""
+    """A model in training, with optimizer, place in the data, caches and clock; `state` is all a checkpoint needs."""
 
     def __init__(self, config: RunConfig, network: AllAttentionLM, tokens: np.ndarray) -> None:
         """tokens: [n] integers, the training split."""
@@ -106,7 +106,7 @@ class Run:
 
     @torch.no_grad()
     def loss_on(self, tokens: np.ndarray, *, num_streams: int = 16) -> float:
-        """Nats per token over a stretch of another split, read as several streams at once: quick, for the progress line."""
+        """Nats per token of a stretch of another split, read as several streams at once: quick, to watch progress."""
         num_streams = min(num_streams, max(1, len(tokens) // (2 * self.config.data.block)))
         streams = Streams(tokens, num_streams=num_streams, block=self.config.data.block, seed=0, reset_prob=0.0)
         self.network.eval()
