@@ -87,7 +87,7 @@ def _info(service: Service) -> dict[str, Any]:
             "dtype": ready.dtype,
             "num_rows": ready.num_rows,
             "state_bytes_per_row": ready.state_bytes_per_row,
-            "ring_sizes": ready.spans,
+            "spans": ready.spans,
         },
         "limits": {
             "max_inputs": service.max_inputs,

@@ -108,7 +108,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     dtype: str
     num_rows: int
     state_bytes_per_row: int
-    spans: tuple[tuple[int, ...], ...]  # ring size of each head of each layer
+    spans: tuple[tuple[int, ...], ...]  # how far each head of each layer looks back, in tokens
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):

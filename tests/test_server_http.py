@@ -203,7 +203,7 @@ async def test_health_and_info_tell_what_is_served():
         assert health["model"] == {"name": "tiny", "hash": "ab" * 32}
         info = (await client.get("/info")).json()
         assert info["defaults"]["max_new_tokens"] == 128
-        assert info["engine"]["ring_sizes"] == [[32, 40]]
+        assert info["engine"]["spans"] == [[32, 40]]
         assert info["model"]["config"]["width"] == 8
         assert (await client.get("/healthz")).status_code == (await client.get("/readyz")).status_code == 200
 

@@ -31,12 +31,13 @@ def bundle_card(facts: dict[str, Any], baked: BakedLM, *, name: str, notes: Path
     head = ["split", "bits per byte", "nats per character", "perplexity per token", *cold]
     parts = [
         f"# {name}",
-        f"""An all-attention language model (arXiv 1907.01470): no feed-forward layers; its heads attend to the context and
-to learned persistent vectors. {config.num_parameters / 1e6:.2f} M parameters: {config.num_layers} layers, width
+        f"""An all-attention language model (arXiv 1907.01470): no feed-forward layers; its heads attend to the context
+and to learned persistent vectors. {config.num_parameters / 1e6:.2f} M parameters: {config.num_layers} layers, width
 {config.width}, {config.num_heads} heads, {config.num_persistent} persistent vectors a head, spans of up to
 {config.max_span} tokens, a vocabulary of {config.vocab_size}.""",
         f"""Trained with `python -m training.run` on {facts["data"]}: {facts["steps"]:,} steps, {facts["tokens_seen"]:,}
-tokens ({facts["epochs"]} epochs), {facts["seconds"]:,.0f} s in steps. Every setting is in config.json under `training`.""",
+tokens ({facts["epochs"]} epochs), {facts["seconds"]:,.0f} s in steps. Every setting is in config.json under
+`training`.""",
         _table(head, [_row(split, figures) for split, figures in splits.items()]),
         *([notes.read_text(encoding="utf-8").strip()] if notes else []),
         f"""A live stream costs {facts["state_bytes"]:,} bytes, whatever its length. How far each head looks back, in
