@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Block, banded_attention, decode_attention
-from model.cache import HeadGroup, RingCache, group_heads
+from model.cache import RingCache
 from model.config import ModelConfig
-from model.network import AllAttentionLM, PersistentAttention, span_mask
+from model.network import AllAttentionLM, PersistentAttention
 from model.sampling import target_logprobs
+from model.spans import HeadGroup, group_heads, reach_of_heads, span_mask
 
 
 class BakedLayer(nn.Module):
@@ -104,7 +105,7 @@ class BakedLM(nn.Module):
         masks: dict[int, list[Tensor]] = {}
         self._table_rows: list[list[slice]] = []  # for each layer and group, its heads in the table of its size
         for layer in network.layers:
-            reaches = reach_of_heads(layer.span, self.config)
+            reaches = reach_of_heads(layer.span.tolist(), config=self.config)
             groups, order = group_heads(reaches, max_span=self.config.max_span)
             self.spans.append(reaches)
             self.layers.append(BakedLayer(layer, groups, order))
@@ -246,12 +247,6 @@ def score_document(
         cache.commit([0], new, [len(stretch) - 1])
         logprobs, ranks = target_logprobs(model.logits(hidden[0]), stretch[1:])
         yield logprobs.cpu().numpy(), ranks.cpu().numpy()
-
-
-def reach_of_heads(span: Tensor, config: ModelConfig) -> list[int]:
-    """The largest distance at which each head's mask may differ from zero: ceil(z L) + R, at most L."""
-    exact = (math.ceil(z * config.max_span) + config.span_ramp for z in span.detach().float().tolist())
-    return [min(config.max_span, reach) for reach in exact]
 
 
 def _twice_farthest_first(by_distance: Tensor) -> Tensor:

@@ -5,28 +5,13 @@ Sizes: R rows, h heads of a group, S slots of its rings, D head size. A key and 
 scheduling.
 """
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-GROUP_COST = 64  # slots whose work takes about as long as the launches of one more head group
-
-
-class HeadGroup(NamedTuple):
-    """Consecutive heads of a baked layer whose rings have the same size."""
-
-    first: int
-    num_heads: int
-    num_slots: int
-
-    @property
-    def heads(self) -> slice:
-        """The group's place among the heads of its layer."""
-        return slice(self.first, self.first + self.num_heads)
+from model.spans import HeadGroup
 
 
 class RingCache:
@@ -118,30 +103,3 @@ class RingCache:
 
     def _all(self) -> list[Tensor]:
         return [ring for layer in self.rings for ring in layer]
-
-
-def group_heads(reaches: Sequence[int], *, max_span: int) -> tuple[list[HeadGroup], list[int]]:
-    """Sort heads by reach and cut them into groups of one ring size, for the least sum of slots and group costs.
-
-    Returns:
-        the groups, smallest rings first, and the order of the heads that makes each group consecutive.
-    """
-    order = sorted(range(len(reaches)), key=lambda head: reaches[head])
-    sizes = [_ring_size(reaches[head], limit=max_span) for head in order]
-    best: list[tuple[float, int]] = [(0.0, 0)]  # for the first n heads: least cost, start of the last group
-    for stop in range(1, len(sizes) + 1):
-        costs = [(best[start][0] + (stop - start) * sizes[stop - 1] + GROUP_COST, start) for start in range(stop)]
-        best.append(min(costs))
-    groups: list[HeadGroup] = []
-    stop = len(sizes)
-    while stop:
-        start = best[stop][1]
-        groups.insert(0, HeadGroup(start, stop - start, sizes[stop - 1]))
-        stop = start
-    return groups, order
-
-
-def _ring_size(reach: int, *, limit: int) -> int:
-    """Round up to four steps an octave, so that layers share few sizes and thereby their tables."""
-    step = max(8, 1 << max(0, reach.bit_length() - 3))
-    return min(limit, math.ceil(reach / step) * step)

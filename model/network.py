@@ -5,6 +5,7 @@ vocabulary. Knows no optimizer and no data; `model.baked` turns it into what is 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from model.attention import Block, banded_attention
 from model.config import ModelConfig
+from model.spans import group_heads, reach_of_heads, span_mask
 
 CHUNK = 64  # queries that attend together: a wide band wastes products, a narrow one wastes launches
-REACH_STEP = 32  # reaches are rounded up to this, so that shapes change seldom while spans learn
 
 
 class StreamCache(NamedTuple):
@@ -38,12 +39,7 @@ class PersistentAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        width, heads, head, pairs = (
-            config.width,
-            config.num_heads,
-            config.head_size,
-            config.num_persistent,
-        )
+        width, heads, head, pairs = config.width, config.num_heads, config.head_size, config.num_persistent
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -53,28 +49,62 @@ class PersistentAttention(nn.Module):
         self.span = nn.Parameter(torch.full((heads,), config.span_init))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, hidden: Tensor, past: Tensor, position: Tensor, *, filled: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, past: Tensor, position: Tensor, *, reaches: Sequence[int], filled: Tensor | None
+    ) -> Tensor:
         """Map the layer's inputs [B, M, E] to its outputs [B, M, E].
 
+        Heads of like reach are computed together, over no more of the past than they reach.
+
         Args:
-            past: [B, S, E], inputs of this layer at the S positions before the block; S = reach of the widest head.
-            position: [D, S], column s for distance S - s.
-            filled: [B], how many of the S positions exist; None if all do.
+            past: [B, L, E], inputs of this layer at the L positions before the block.
+            position: [D, L], column s for distance L - s.
+            reaches: [H], a distance beyond which neither a head's mask nor its gradient differs from zero.
+            filled: [B], how many of the L positions exist; None if all do.
         """
         config = self.config
+        groups, order = group_heads(reaches, max_span=config.max_span)
+        weights = [self._of_heads(linear.weight, order) for linear in (self.query, self.key, self.value)]
+        persistent = self.persistent_key[order], self.persistent_value[order]
+        span = self.span[order]
+        outputs = [
+            self._attend(
+                hidden,
+                past[:, config.max_span - group.num_slots :],
+                [weight[group.heads].flatten(0, 1) for weight in weights],
+                self._persistent_block(*(tensor[group.heads] for tensor in persistent)),
+                position=position[:, config.max_span - group.num_slots :],
+                mass=span_mask(span[group.heads], num_slots=group.num_slots, config=config).flip(-1),
+                filled=filled,
+            )
+            for group in groups
+        ]
+        attended = torch.cat(outputs).permute(1, 2, 0, 3).flatten(2)  # [B, M, E]
+        out = self._of_heads(self.out.weight.mT, order).flatten(0, 1)  # [E, E], a row for each attended number
+        output: Tensor = self.norm(hidden + attended.to(hidden.dtype) @ out)
+        return output
+
+    def _attend(
+        self,
+        hidden: Tensor,
+        past: Tensor,
+        weights: Sequence[Tensor],
+        persistent: Block,
+        *,
+        position: Tensor,
+        mass: Tensor,
+        filled: Tensor | None,
+    ) -> Tensor:
+        """One group of h heads with S slots: [B, M, E] and past [B, S, E] -> [h, B, M, D]."""
+        num_slots, num_new, head = past.shape[1], hidden.shape[1], self.config.head_size
         context = torch.cat((past, hidden), 1)  # [B, S + M, E]
-        query = self._heads(self.query(hidden)) / math.sqrt(config.head_size)  # [H, B, M, D]
-        key = self._heads(self.key(context))  # [H, B, S + M, D]
-        value = self._heads(self.value(context))
-        persistent = Block(
-            (self.persistent_key * math.sqrt(config.head_size)).to(key.dtype),
-            (self.persistent_value * math.sqrt(config.num_persistent)).to(key.dtype),
-        )
-        mass = span_mask(self.span, num_slots=past.shape[1], config=config).flip(-1)  # [H, S], by key
+        query = _split_heads(F.linear(hidden, weights[0]), head) / math.sqrt(head)  # [h, B, M, D]
+        key, value = (_split_heads(F.linear(context, weight), head) for weight in weights[1:])  # [h, B, S + M, D]
+        persistent = Block(persistent.key.to(key.dtype), persistent.value.to(key.dtype))
         outputs = []
-        for start in range(0, hidden.shape[1], CHUNK):
-            stop = min(start + CHUNK, hidden.shape[1])
-            window = slice(start, past.shape[1] + stop)
+        for start in range(0, num_new, CHUNK):
+            stop = min(start + CHUNK, num_new)
+            window = slice(start, num_slots + stop)
             outputs.append(
                 banded_attention(
                     query[:, :, start:stop],
@@ -83,18 +113,18 @@ class PersistentAttention(nn.Module):
                     persistent,
                     position=position,
                     mass=mass,
-                    filled=None if filled is None else filled + start,
-                    dropout=config.dropout if self.training else 0.0,
+                    filled=None if filled is None or int(filled.min()) + start >= num_slots else filled + start,
+                    dropout=self.config.dropout if self.training else 0.0,
                 )
             )
-        attended = torch.cat(outputs, 2).permute(1, 2, 0, 3).flatten(2)  # [B, M, E]
-        output: Tensor = self.norm(hidden + self.out(attended.to(hidden.dtype)))
-        return output
+        return torch.cat(outputs, 2)
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        """[B, T, E] -> [H, B, T, D]"""
-        rows, num_new, _ = projected.shape
-        return projected.view(rows, num_new, self.config.num_heads, -1).permute(2, 0, 1, 3).contiguous()
+    def _of_heads(self, weight: Tensor, order: Sequence[int]) -> Tensor:
+        """[E, E] -> [H, D, E], the heads in another order."""
+        return weight.view(self.config.num_heads, self.config.head_size, -1)[list(order)]
+
+    def _persistent_block(self, key: Tensor, value: Tensor) -> Block:
+        return Block(key * math.sqrt(self.config.head_size), value * math.sqrt(self.config.num_persistent))
 
 
 class AllAttentionLM(nn.Module):
@@ -136,29 +166,23 @@ class AllAttentionLM(nn.Module):
         hidden = F.dropout(hidden, config.embedding_dropout, self.training)
         table = self.position.flip(-1)  # [D, L], farthest first, as the keys are
         kept = []
-        for layer, past, reach in zip(self.layers, cache.hidden, self.reaches(), strict=True):
+        filled = cache.filled if config.empty_slots == "masked" else None
+        for layer, past, reaches in zip(self.layers, cache.hidden, self.reaches(), strict=True):
             kept.append(torch.cat((past, hidden.detach()), 1)[:, -config.max_span :])
-            start = config.max_span - reach
-            hidden = layer(
-                hidden,
-                past[:, start:],
-                table[:, start:],
-                filled=_unless_all(cache.filled, reach, config.empty_slots),
-            )
-        filled = (cache.filled + tokens.shape[1]).clamp(max=config.max_span)
-        return hidden, StreamCache(tuple(kept), filled)
+            hidden = layer(hidden, past, table, reaches=reaches, filled=filled)
+        seen = (cache.filled + tokens.shape[1]).clamp(max=config.max_span)
+        return hidden, StreamCache(tuple(kept), seen)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, [..., E] -> [..., V]."""
         scores: Tensor = self.output(hidden)
         return scores
 
-    def reaches(self) -> list[int]:
-        """For each layer, a distance beyond which no head's mask, nor its gradient, differs from zero."""
-        config = self.config
-        widest = torch.stack([layer.span.detach().amax() for layer in self.layers]).tolist()
-        exact = [math.ceil(z * config.max_span) + config.span_ramp + 1 for z in widest]
-        return [min(config.max_span, math.ceil(reach / REACH_STEP) * REACH_STEP) for reach in exact]
+    def reaches(self) -> list[list[int]]:
+        """For each layer and head, a distance beyond which neither its mask nor the mask's gradient is other than zero."""
+        spans = torch.stack([layer.span.detach() for layer in self.layers]).tolist()
+        beyond = [reach_of_heads(layer, config=self.config) for layer in spans]
+        return [[min(self.config.max_span, reach + 1) for reach in layer] for layer in beyond]
 
     def span_penalty(self) -> Tensor:
         """L times the mean z of the heads, summed over the layers; training adds a small multiple of it to the loss."""
@@ -171,14 +195,7 @@ class AllAttentionLM(nn.Module):
             layer.span.clamp_(0, 1)
 
 
-def span_mask(span: Tensor, *, num_slots: int, config: ModelConfig) -> Tensor:
-    """The soft mask m(d) = clip((1 - d + z L) / R + 1, 0, 1) of each head at distance 1 .. num_slots, [H, S], fp32."""
-    distance = torch.arange(1, num_slots + 1, device=span.device, dtype=torch.float32)
-    return ((1 - distance + span.float()[:, None] * config.max_span) / config.span_ramp + 1).clamp(0, 1)
-
-
-def _unless_all(filled: Tensor, reach: int, empty_slots: str) -> Tensor | None:
-    """How many of the `reach` positions exist in each row; None where nothing has to be masked."""
-    if empty_slots == "zero" or int(filled.min()) >= reach:
-        return None
-    return filled.clamp(max=reach)
+def _split_heads(projected: Tensor, head_size: int) -> Tensor:
+    """[B, T, h D] -> [h, B, T, D]"""
+    rows, num_new, _ = projected.shape
+    return projected.view(rows, num_new, -1, head_size).permute(2, 0, 1, 3).contiguous()
