@@ -311,6 +311,8 @@ def test_a_new_network_starts_as_the_paper_says() -> None:
 
 
 def test_adaptive_embeddings_are_refused_by_name() -> None:
-    config = ModelConfig.model_validate(SHAPE | {"embedding": "adaptive", "adaptive_cutoffs": (3, 6), "adaptive_div": 2})
+    config = ModelConfig.model_validate(
+        SHAPE | {"embedding": "adaptive", "adaptive_cutoffs": (3, 6), "adaptive_div": 2}
+    )
     with pytest.raises(ValueError, match="embedding = 'adaptive' cannot be trained"):
         AllAttentionLM(config)

@@ -1,0 +1,115 @@
+"""The README is true: every command in it is one that this test, or CI itself, has run."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+CURLS = [line for line in COMMANDS if line.startswith("curl ")]
+TRAININGS = [line for line in COMMANDS if "training.run" in line]
+BY_CI = ["make test"]
+BY_THE_FIXTURE = ["make serve"]
+BY_ITS_TWIN = ["make train"]  # the quickstart, which test_the_quickstart_trains shortens
+
+
+def test_every_command_is_run_somewhere():
+    assert CURLS
+    assert TRAININGS
+    assert sorted(COMMANDS) == sorted(CURLS + TRAININGS + BY_CI + BY_THE_FIXTURE + BY_ITS_TWIN)
+
+
+def test_make_says_what_the_readme_says():
+    plan = subprocess.run(["make", "-n", "train", "serve"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "python -m training.run configs/quickstart.toml" in plan
+    assert "python -m server --bundle bundles/default --port 8000" in plan
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """The server as `make serve PORT=0` starts it."""
+    command = [sys.executable, "-m", "server", "--bundle", "bundles/default", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        banner = ""
+        for line in server.stdout:
+            banner += line
+            if "try " in line:
+                break
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", banner)
+        assert found, banner
+        yield int(found[1])
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", CURLS)
+def test_each_curl_line_is_answered(port, line):
+    command = shlex.split(line.replace(":8000", f":{port}"))
+    answer = subprocess.run([*command, "-sS", "--fail"], capture_output=True, text=True, check=True).stdout
+    if "stream" in line:
+        events = [json.loads(event.removeprefix("data: ")) for event in answer.strip().split("\n\n")]
+        assert events[-1]["generated_text"].startswith("".join(event["token"]["text"] for event in events[:-1]))
+    elif "metrics" in line:
+        assert "time_to_first_token_seconds" in answer
+    else:
+        assert "error" not in json.loads(answer)
+
+
+@pytest.mark.slow
+def test_what_ships_keeps_its_promises(port):
+    """Plain = streamed; a seed means the same text alone and among others; English scores better than gibberish."""
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+    asked = {"inputs": "The morning was", "parameters": {"temperature": 0.9, "seed": 7, "max_new_tokens": 60}}
+    alone = client.post("/generate", json=asked).json()["generated_text"]
+    with client.stream("POST", "/generate", json=asked | {"stream": True}) as stream:
+        events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
+    assert "".join(event["token"]["text"] for event in events) == alone == events[-1]["generated_text"]
+    crowd = {"inputs": [asked["inputs"], *(f"Chapter {n}. When the" for n in range(16))]}
+    among = client.post("/generate", json=asked | crowd).json()
+    assert among[0]["generated_text"] == alone
+    english, gibberish = (
+        client.post("/score", json={"inputs": text}).json()["bits_per_byte"]
+        for text in ("She had not seen him since the day of the wedding, and she did not wish to.", "xq zvkw jjpf " * 6)
+    )
+    assert gibberish > english + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [*TRAININGS, "-m training.run"])
+def test_the_quickstart_trains(tmp_path, line):
+    flags = shlex.split(line.partition("training.run")[2])
+    short = [
+        "--optim.max_steps",
+        "3",
+        "--eval.every_steps",
+        "2",
+        "--eval.tokens",
+        "5000",
+        "--out",
+        str(tmp_path / "new"),
+    ]
+    begun = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-m", "training.run", *flags, *short],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert f"make serve BUNDLE={tmp_path / 'new'}" in ended.stdout
+    assert time.monotonic() - begun < 280
