@@ -105,10 +105,7 @@ def to_band(by_distance: Tensor, *, outside: float) -> Tensor:
 
 
 def decode_attention(
-    query: Tensor,
-    rings: Sequence[tuple[Tensor, Tensor]],
-    tables: Sequence[tuple[Tensor, Tensor]],
-    persistent: Block,
+    query: Tensor, rings: Sequence[tuple[Tensor, Tensor]], tables: Sequence[tuple[Tensor, Tensor]], persistent: Block
 ) -> Tensor:
     """`joint_attention` of one new token a row over rings of different sizes; equal to it, without copying a ring.
 
@@ -130,15 +127,8 @@ def decode_attention(
         first += num_heads
         own = query[:, heads]  # [B, h, D]
         scores = torch.baddbmm(bias, own, position).view(-1, 1, num_slots)
-        scores = torch.baddbmm(
-            scores,
-            own.reshape(-1, 1, head_size),
-            key.reshape(-1, num_slots, head_size).mT,
-        )
-        joint = torch.cat(
-            (scores.view(num_rows, num_heads, num_slots), persistent_scores[:, heads]),
-            -1,
-        )
+        scores = torch.baddbmm(scores, own.reshape(-1, 1, head_size), key.reshape(-1, num_slots, head_size).mT)
+        joint = torch.cat((scores.view(num_rows, num_heads, num_slots), persistent_scores[:, heads]), -1)
         probabilities = torch.softmax(joint, -1)  # [B, h, S + N]
         context = probabilities[..., :num_slots].reshape(-1, 1, num_slots)
         outputs.append(torch.bmm(context, value.reshape(-1, num_slots, head_size)).view(num_rows, num_heads, head_size))

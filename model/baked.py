@@ -27,21 +27,15 @@ from model.spans import HeadGroup, group_heads, reach_of_heads, span_mask
 class BakedLayer(nn.Module):
     """One layer with its heads sorted by ring size and its scalings folded in."""
 
-    def __init__(
-        self,
-        layer: PersistentAttention,
-        groups: Sequence[HeadGroup],
-        order: Sequence[int],
-    ) -> None:
+    def __init__(self, layer: PersistentAttention, groups: Sequence[HeadGroup], order: Sequence[int]) -> None:
         super().__init__()
         config = layer.config
         heads, head = config.num_heads, config.head_size
         query, key, value = (
             projection.weight.view(heads, head, -1)[list(order)] for projection in (layer.query, layer.key, layer.value)
         )
-        pairs = torch.stack((key, value), 1)  # [H, 2, D, E]
         self.groups = tuple(groups)
-        self.qkv = nn.Buffer(torch.cat((query.flatten(0, 1) / math.sqrt(head), pairs.flatten(0, 2))))  # [3 E, E]
+        self.qkv = nn.Buffer(torch.cat((query / math.sqrt(head), key, value)).flatten(0, 1))  # [3 E, E]
         self.out = nn.Buffer(layer.out.weight.view(-1, heads, head)[:, list(order)].flatten(1).clone())  # [E, E]
         self.persistent_key = nn.Buffer(
             (layer.persistent_key[list(order)] * math.sqrt(head)).mT.contiguous()
@@ -51,11 +45,10 @@ class BakedLayer(nn.Module):
         self.norm_bias = nn.Buffer(layer.norm.bias.clone())
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., E] -> scaled queries [..., H, D] and pairs of key and value [..., H, 2 D]."""
+        """[..., E] -> scaled queries [..., H, D] and keys and values [..., 2, H, D]."""
         heads, head, _ = self.persistent_key.shape
-        query, pair = torch.split(F.linear(hidden, self.qkv), [heads * head, 2 * heads * head], -1)
-        lead = hidden.shape[:-1]
-        return query.view(*lead, heads, head), pair.view(*lead, heads, 2 * head)
+        projected = F.linear(hidden, self.qkv).view(*hidden.shape[:-1], 3, heads, head)
+        return projected[..., 0, :, :], projected[..., 1:, :, :]
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual and norm: [..., E] and [..., H, D] -> [..., E]."""
@@ -111,11 +104,7 @@ class BakedLM(nn.Module):
             self.layers.append(BakedLayer(layer, groups, order))
             rows = []
             for group in groups:
-                mask = span_mask(
-                    layer.span[order[group.heads]],
-                    num_slots=group.num_slots,
-                    config=self.config,
-                )
+                mask = span_mask(layer.span[order[group.heads]], num_slots=group.num_slots, config=self.config)
                 known = masks.setdefault(group.num_slots, [])
                 first = sum(len(other) for other in known)
                 rows.append(slice(first, first + group.num_heads))
@@ -154,9 +143,9 @@ class BakedLM(nn.Module):
             tokens: [B] int64.
 
         Returns:
-            hidden states [B, E] and, for `RingCache.commit`, the new pairs of each layer [B, 1, H, 2 D].
+            hidden states [B, E] and, for `RingCache.commit`, the new keys and values of each layer [B, 1, 2, H, D].
         """
-        num_rows, head = len(tokens), self.config.head_size
+        num_rows = len(tokens)
         mask_empty = self.config.empty_slots == "masked"
         lengths = cache.lengths[:num_rows]
         views = {name: table.views(lengths, mask_empty=mask_empty) for name, table in self.tables.items()}
@@ -168,9 +157,9 @@ class BakedLM(nn.Module):
             for group, heads in zip(layer.groups, table_rows, strict=True):
                 position, bias = views[str(group.num_slots)]
                 tables.append((position, bias[heads].transpose(0, 1)))
-            pairs = [(ring[:num_rows, ..., :head], ring[:num_rows, ..., head:]) for ring in rings]
+            own = [(ring[0, :num_rows], ring[1, :num_rows]) for ring in rings]
             persistent = Block(layer.persistent_key, layer.persistent_value)
-            hidden = layer.finish(hidden, decode_attention(query, pairs, tables, persistent))
+            hidden = layer.finish(hidden, decode_attention(query, own, tables, persistent))
             new.append(pair[:, None])
         return hidden, new
 
@@ -182,7 +171,7 @@ class BakedLM(nn.Module):
             tokens: [B, T] int64, one line for each of `rows`.
 
         Returns:
-            hidden states [B, T, E] and, for `RingCache.commit`, the new pairs of each layer [B, T, H, 2 D].
+            hidden states [B, T, E] and, for `RingCache.commit`, the new keys and values of each layer [B, T, 2, H, D].
         """
         filled = None
         if self.config.empty_slots == "masked":
@@ -192,21 +181,18 @@ class BakedLM(nn.Module):
         for index, layer in enumerate(self.layers):
             query, pair = layer.project(hidden)
             query = query.permute(2, 0, 1, 3)  # [H, B, T, D]
-            fresh = pair.permute(2, 0, 1, 3)  # [H, B, T, 2 D]
+            fresh = pair.permute(2, 3, 0, 1, 4)  # [2, H, B, T, D]
             outputs = []
             for place, group in enumerate(layer.groups):
-                pairs = torch.cat((cache.recent(index, place, rows), fresh[group.heads]), 2)  # [h, B, S + T, 2 D]
-                key, value = pairs.chunk(2, -1)
+                recent = cache.recent(index, place, rows)  # [2, h, B, S, D]
+                key, value = torch.cat((recent, fresh[:, group.heads]), 3)  # each [h, B, S + T, D]
                 table = self.tables[str(group.num_slots)]
                 outputs.append(
                     banded_attention(
                         query[group.heads],
                         key,
                         value,
-                        Block(
-                            layer.persistent_key[group.heads].mT,
-                            layer.persistent_value[group.heads],
-                        ),
+                        Block(layer.persistent_key[group.heads].mT, layer.persistent_value[group.heads]),
                         position=table.position[:, : group.num_slots],
                         log_mass=table.log_mass[self._table_rows[index][place], : group.num_slots],
                         filled=filled,

@@ -1,7 +1,7 @@
 """The state of live streams: for every layer and head group a ring of projected keys and values, of constant size.
 
-Sizes: R rows, h heads of a group, S slots of its rings, D head size. A key and its value lie side by side,
-[R, h, S, 2 D]. The token at position p lies in slot p % S. Owns the memory and the lengths; knows no weights and no
+Sizes: R rows, h heads of a group, S slots of its rings, D head size. Keys and values are the two halves of one tensor,
+[2, R, h, S, D]. The token at position p lies in slot p % S. Owns the memory and the lengths; knows no weights and no
 scheduling.
 """
 
@@ -29,14 +29,7 @@ class RingCache:
         self.groups = groups
         self.rings = [
             [
-                torch.zeros(
-                    num_rows,
-                    group.num_heads,
-                    group.num_slots,
-                    2 * head_size,
-                    dtype=dtype,
-                    device=device,
-                )
+                torch.zeros(2, num_rows, group.num_heads, group.num_slots, head_size, dtype=dtype, device=device)
                 for group in layer
             ]
             for layer in groups
@@ -46,35 +39,35 @@ class RingCache:
     @property
     def bytes_per_row(self) -> int:
         """Bytes that one live stream costs, whatever its length."""
-        return sum(ring[0].nbytes for layer in self.rings for ring in layer)
+        return sum(ring[:, 0].nbytes for ring in self._all())
 
     def reset(self, row: int) -> None:
         """Begin a fresh stream in a row."""
         self.lengths[row] = 0
         for ring in self._all():
-            ring[row].zero_()
+            ring[:, row].zero_()
 
     def move(self, source: int, target: int) -> None:
         """Copy the whole state of one row over another."""
         self.lengths[target] = self.lengths[source]
         for ring in self._all():
-            ring[target].copy_(ring[source])
+            ring[:, target].copy_(ring[:, source])
 
     def recent(self, layer: int, group: int, rows: Sequence[int]) -> Tensor:
-        """Keys and values of some rows in the order of time, the newest last: a copy, [h, rows, S, 2 D]."""
+        """Keys and values of some rows in the order of time, the newest last: a copy, [2, h, rows, S, D]."""
         ring = self.rings[layer][group]
-        num_slots = ring.shape[2]
+        num_slots = ring.shape[3]
         order = (self.lengths[list(rows), None] + np.arange(num_slots)) % num_slots  # [rows, S]
         index = torch.as_tensor(rows, device=ring.device)[:, None]
-        ordered: Tensor = ring[index, :, torch.from_numpy(order).to(ring.device)]  # [rows, S, h, 2 D]
-        return ordered.permute(2, 0, 1, 3)
+        ordered: Tensor = ring[:, index, :, torch.from_numpy(order).to(ring.device)]  # [rows, S, 2, h, D]
+        return ordered.permute(2, 3, 0, 1, 4)
 
     def commit(self, rows: Sequence[int], new: Sequence[Tensor], num_new: Sequence[int]) -> None:
         """Write the keys and values of new tokens and advance the lengths.
 
         Args:
             rows: which row each entry of `new` belongs to.
-            new: for each layer [rows, T, H, 2 D], what a step returned.
+            new: for each layer keys and values [rows, T, 2, H, D], what a step returned.
             num_new: how many of the T tokens of each row are real; the rest is padding and leaves no trace.
         """
         places: dict[int, tuple[Tensor, ...]] = {}
@@ -83,15 +76,11 @@ class RingCache:
                 if group.num_slots not in places:
                     places[group.num_slots] = self._places(rows, num_new, group.num_slots, ring.device)
                 entry, token, row, slot = places[group.num_slots]
-                ring[row, :, slot] = fresh[entry, token, group.heads].to(ring.dtype)
+                ring[:, row, :, slot] = fresh[entry, token, :, group.heads].to(ring.dtype)
         self.lengths[list(rows)] += np.asarray(num_new)
 
     def _places(
-        self,
-        rows: Sequence[int],
-        num_new: Sequence[int],
-        num_slots: int,
-        device: torch.device,
+        self, rows: Sequence[int], num_new: Sequence[int], num_slots: int, device: torch.device
     ) -> tuple[Tensor, ...]:
         """Which tokens stay in rings of this size and where: (entry of `new`, its token, row, slot), each [n]."""
         counts = np.asarray(num_new)[:, None]

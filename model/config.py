@@ -18,29 +18,16 @@ class ModelShape(BaseModel):
     num_persistent: int = Field(ge=1, description="N: learned key/value pairs of each head")
     max_span: int = Field(ge=1, description="L: the largest distance a head may learn to look back")
     span_ramp: int = Field(default=32, ge=1, description="R: length of the soft edge of a span")
-    span_init: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="z of every head at the start, as a share of L",
-    )
+    span_init: float = Field(default=0.0, ge=0, le=1, description="z of every head at the start, as a share of L")
     dropout: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="on the attention probabilities, context and persistent",
+        default=0.0, ge=0, lt=1, description="on the attention probabilities, context and persistent"
     )
     embedding_dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input embeddings")
     embedding: Literal["plain", "adaptive"] = Field(
-        default="plain",
-        description="adaptive = adaptive input and adaptive softmax with tied weights, for words",
+        default="plain", description="adaptive = adaptive input and adaptive softmax with tied weights, for words"
     )
     adaptive_cutoffs: tuple[int, ...] = Field(default=(), description="adaptive only: first id of each further cluster")
-    adaptive_div: int = Field(
-        default=4,
-        ge=1,
-        description="adaptive only: each cluster is this many times narrower",
-    )
+    adaptive_div: int = Field(default=4, ge=1, description="adaptive only: each cluster is this many times narrower")
     empty_slots: Literal["masked", "zero"] = Field(
         default="masked",
         description="what a query sees before the stream began: nothing, or (official code) zero vectors that take "
@@ -91,12 +78,7 @@ class ModelConfig(ModelShape):
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight, in the order a bundle stores them."""
-        width, heads, head, pairs = (
-            self.width,
-            self.num_heads,
-            self.head_size,
-            self.num_persistent,
-        )
+        width, heads, head, pairs = (self.width, self.num_heads, self.head_size, self.num_persistent)
         shapes: dict[str, tuple[int, ...]] = dict(self._embedding_shapes())
         shapes["position"] = (head, self.max_span)
         for i in range(self.num_layers):

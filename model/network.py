@@ -179,7 +179,7 @@ class AllAttentionLM(nn.Module):
         return scores
 
     def reaches(self) -> list[list[int]]:
-        """For each layer and head, a distance beyond which neither its mask nor the mask's gradient is other than zero."""
+        """For each layer and head, a distance beyond which its mask and the gradient of the mask are zero."""
         spans = torch.stack([layer.span.detach() for layer in self.layers]).tolist()
         beyond = [reach_of_heads(layer, config=self.config) for layer in spans]
         return [[min(self.config.max_span, reach + 1) for reach in layer] for layer in beyond]

@@ -23,10 +23,7 @@ from server.service import LiveSequence, Service
 _EXAMPLE = ScoreReply(2, 2, 2, 1, -3.0, 4.48, 20.09, 2.164, 2.164, 2.164, is_greedy=False)
 _DOCS: dict[str, Any] = {
     "openapi_extra": openapi.body(ScoreRequest, example={"inputs": "It was a dark night.", "return": ["tokens"]}),
-    "responses": {
-        200: openapi.ok(ScoreReply, example=_EXAMPLE),
-        **openapi.errors(*openapi.ENDPOINT_ERRORS),
-    },
+    "responses": {200: openapi.ok(ScoreReply, example=_EXAMPLE), **openapi.errors(*openapi.ENDPOINT_ERRORS)},
 }
 
 

@@ -143,7 +143,5 @@ class Sequence:
         admitted = self.admitted or now
         read = self.read or now
         return Timings(
-            queue_ms=(admitted - self.submitted) * 1e3,
-            prefill_ms=(read - admitted) * 1e3,
-            decode_ms=(now - read) * 1e3,
+            queue_ms=(admitted - self.submitted) * 1e3, prefill_ms=(read - admitted) * 1e3, decode_ms=(now - read) * 1e3
         )

@@ -220,7 +220,7 @@ RULES: dict[Rule, list[tuple[Sources, str]]] = {  # rule: sources that break it 
                 "training/data.py": "def f():\n    from training.loop import g",
             },
             "training.data reaches itself",
-        ),
+        )
     ],
     tensor_imports_in_server: [
         ({"server/engine.py": "import torch"}, "server/engine.py imports torch"),
@@ -238,7 +238,7 @@ RULES: dict[Rule, list[tuple[Sources, str]]] = {  # rule: sources that break it 
         (
             {"server/engine_process.py": "import server.engine", "server/engine.py": "from fastapi import Request"},
             "server/engine.py imports fastapi",
-        ),
+        )
     ],
     misplaced_softmax: [
         ({"model/network.py": "import torch\ntorch.softmax(x, -1)"}, "model/network.py:2 calls softmax"),
