@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from training.corpus import SHAKESPEARE
+
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
@@ -85,6 +87,22 @@ def test_what_ships_keeps_its_promises(port):
         for text in ("She had not seen him since the day of the wedding, and she did not wish to.", "xq zvkw jjpf " * 6)
     )
     assert gibberish > english + 1
+
+
+@pytest.mark.slow
+def test_a_long_document_is_scored_in_one_pass_at_flat_memory(port):
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300)
+    engine = client.get("/health").json()["engine"]["pid"]
+
+    def peak_after(num_bytes: int) -> int:
+        answer = client.post("/score", json={"inputs": SHAKESPEARE.read_text()[:num_bytes]}).json()
+        assert answer["num_bytes"] > num_bytes - 20  # all but the first token
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{engine}/status").read_text())
+        assert found
+        return int(found[1]) * 1024
+
+    short = peak_after(20_000)
+    assert peak_after(200_000) < short + 30e6
 
 
 @pytest.mark.slow
