@@ -173,9 +173,9 @@ class BakedLM(nn.Module):
         Returns:
             hidden states [B, T, E] and, for `RingCache.commit`, the new keys and values of each layer [B, T, 2, H, D].
         """
-        filled = None
-        if self.config.empty_slots == "masked":
-            filled = torch.from_numpy(cache.lengths[list(rows)]).to(self.device)
+        lengths = cache.lengths[list(rows)]
+        filled = torch.from_numpy(lengths).to(self.device)
+        shortest = lengths.min() if self.config.empty_slots == "masked" else math.inf
         hidden = F.embedding(tokens, self.embedding)
         new = []
         for index, layer in enumerate(self.layers):
@@ -195,7 +195,7 @@ class BakedLM(nn.Module):
                         Block(layer.persistent_key[group.heads].mT, layer.persistent_value[group.heads]),
                         position=table.position[:, : group.num_slots],
                         log_mass=table.log_mass[self._table_rows[index][place], : group.num_slots],
-                        filled=filled,
+                        filled=filled if shortest < group.num_slots else None,
                     )
                 )
             attended = torch.cat(outputs).permute(1, 2, 0, 3)  # [B, T, H, D]
