@@ -8,10 +8,13 @@ from training.evaluate import Evaluation
 from training.loop import Run
 
 
-def training_facts(run: Run, evaluations: dict[str, Evaluation], baked: BakedLM) -> dict[str, Any]:
-    """The facts of a finished run as plain values: what config.json keeps and `bundle_card` tells."""
+PLACES = {"out": True, "notes": True, "num_threads": True, "data": {"path": True, "cache_dir": True}}  # of one machine
+
+
+def training_facts(run: Run, evaluations: dict[str, Evaluation], baked: BakedLM, *, data: str) -> dict[str, Any]:
+    """The facts of a finished run on a corpus `data` as plain values: what config.json keeps, `bundle_card` tells."""
     return {
-        "data": run.config.data.name or str(run.config.data.path),
+        "data": data,
         "steps": run.step_count,
         "tokens_seen": run.tokens_seen,
         "epochs": round(run.streams.epochs, 3),
@@ -19,7 +22,7 @@ def training_facts(run: Run, evaluations: dict[str, Evaluation], baked: BakedLM)
         "splits": {split: _figures(evaluation) for split, evaluation in evaluations.items()},
         "spans": baked.spans,
         "state_bytes": baked.allocate(1).bytes_per_row,
-        "run": run.config.model_dump(mode="json", exclude={"out", "num_threads"}),
+        "run": run.config.model_dump(mode="json", exclude=PLACES),
     }
 
 

@@ -90,7 +90,7 @@ def publish(run: Run, dataset: Dataset) -> None:
     for name, evaluation in evaluations.items():
         score = evaluation.score
         print(f"{name}: {score.bits_per_byte:.4f} bits/byte, {-score.logprob / score.num_chars:.4f} nats/character")
-    facts = training_facts(run, evaluations, baked)
+    facts = training_facts(run, evaluations, baked, data=dataset.name)
     save_bundle(
         run.config.out,
         config=baked.config,
