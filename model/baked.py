@@ -35,8 +35,11 @@ class BakedLayer(nn.Module):
             projection.weight.view(heads, head, -1)[list(order)] for projection in (layer.query, layer.key, layer.value)
         )
         self.groups = tuple(groups)
-        self.qkv = nn.Buffer(torch.cat((query / math.sqrt(head), key, value)).flatten(0, 1))  # [3 E, E]
-        self.out = nn.Buffer(layer.out.weight.view(-1, heads, head)[:, list(order)].flatten(1).clone())  # [E, E]
+        # Products are x @ W with W stored that way: at batch 1 they read memory half as fast again as F.linear does.
+        self.qkv = nn.Buffer(torch.cat((query / math.sqrt(head), key, value)).flatten(0, 1).mT.contiguous())  # [E, 3 E]
+        self.out = nn.Buffer(
+            layer.out.weight.view(-1, heads, head)[:, list(order)].flatten(1).mT.contiguous()
+        )  # [E, E]
         self.persistent_key = nn.Buffer(
             (layer.persistent_key[list(order)] * math.sqrt(head)).mT.contiguous()
         )  # [H, D, N]
@@ -47,12 +50,12 @@ class BakedLayer(nn.Module):
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[..., E] -> scaled queries [..., H, D] and keys and values [..., 2, H, D]."""
         heads, head, _ = self.persistent_key.shape
-        projected = F.linear(hidden, self.qkv).view(*hidden.shape[:-1], 3, heads, head)
+        projected = (hidden @ self.qkv).view(*hidden.shape[:-1], 3, heads, head)
         return projected[..., 0, :, :], projected[..., 1:, :, :]
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual and norm: [..., E] and [..., H, D] -> [..., E]."""
-        hidden = hidden + F.linear(attended.flatten(-2), self.out)
+        hidden = hidden + attended.flatten(-2) @ self.out
         return F.layer_norm(hidden, hidden.shape[-1:], self.norm_weight, self.norm_bias)
 
 
@@ -91,7 +94,7 @@ class BakedLM(nn.Module):
         super().__init__()
         self.config: ModelConfig = network.config
         self.embedding = nn.Buffer(network.embedding.weight.clone())
-        self.output_weight = nn.Buffer(network.output.weight.clone())
+        self.output_weight = nn.Buffer(network.output.weight.mT.contiguous())  # [E, V]
         self.output_bias = nn.Buffer(network.output.bias.clone())
         self.layers: list[BakedLayer] = nn.ModuleList()  # type: ignore[assignment]
         self.spans: list[list[int]] = []  # for each layer, the reach of each head in the order of training, in tokens
@@ -206,7 +209,7 @@ class BakedLM(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token in fp32, [..., E] -> [..., V]."""
-        return F.linear(hidden, self.output_weight, self.output_bias).float()
+        return (hidden @ self.output_weight + self.output_bias).float()
 
 
 def bake(network: AllAttentionLM, *, dtype: torch.dtype = torch.float32) -> BakedLM:

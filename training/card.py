@@ -7,8 +7,12 @@ from model.baked import BakedLM
 from training.evaluate import Evaluation
 from training.loop import Run
 
-
-PLACES = {"out": True, "notes": True, "num_threads": True, "data": {"path": True, "cache_dir": True}}  # of one machine
+PLACES: dict[str, Any] = {
+    "out": True,
+    "notes": True,
+    "num_threads": True,
+    "data": {"path", "cache_dir"},
+}  # of one machine
 
 
 def training_facts(run: Run, evaluations: dict[str, Evaluation], baked: BakedLM, *, data: str) -> dict[str, Any]:
