@@ -18,7 +18,7 @@ SMALL: dict[str, object] = {
     "num_persistent": 5,
     "max_span": 7,
 }
-WORDS: dict[str, object] = {"vocab_size": 100, "embedding": "adaptive", "adaptive_cutoffs": (20, 50)}
+WORDS: dict[str, object] = {"vocab_size": 100, "embedding": "adaptive", "adaptive_cutoffs": (20, 50), "adaptive_div": 2}
 
 # The paper's models (arXiv 1907.01470) and their millions of parameters. Vocabularies: the distinct byte values of
 # enwik8, the letters and the space of text8, the words of WikiText-103 with its end of line.
@@ -90,6 +90,7 @@ def test_a_value_outside_its_range_is_refused_by_name_and_value(field: str, valu
         (WORDS | {"adaptive_cutoffs": (20, 20)}, ("adaptive_cutoffs [20, 20]", "rise strictly")),
         (WORDS | {"adaptive_cutoffs": (20, 100)}, ("adaptive_cutoffs [20, 100]", "vocab_size 100")),
         (WORDS | {"adaptive_cutoffs": (0, 20)}, ("adaptive_cutoffs [0, 20]", "between 0")),
+        (WORDS | {"adaptive_div": 4}, ("adaptive_div 4", "width 12")),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused_with_their_values(

@@ -56,6 +56,12 @@ def port() -> Iterator[int]:
         assert server.wait(timeout=60) == 0
 
 
+@pytest.fixture
+def client(port) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+        yield client
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line", CURLS)
 def test_each_curl_line_is_answered(port, line):
@@ -71,9 +77,8 @@ def test_each_curl_line_is_answered(port, line):
 
 
 @pytest.mark.slow
-def test_what_ships_keeps_its_promises(port):
+def test_what_ships_keeps_its_promises(client):
     """Plain = streamed; a seed means the same text alone and among others; English scores better than gibberish."""
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
     asked = {"inputs": "The morning was", "parameters": {"temperature": 0.9, "seed": 7, "max_new_tokens": 60}}
     alone = client.post("/generate", json=asked).json()["generated_text"]
     with client.stream("POST", "/generate", json=asked | {"stream": True}) as stream:
@@ -90,8 +95,7 @@ def test_what_ships_keeps_its_promises(port):
 
 
 @pytest.mark.slow
-def test_a_long_document_is_scored_in_one_pass_at_flat_memory(port):
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300)
+def test_a_long_document_is_scored_in_one_pass_at_flat_memory(client):
     engine = client.get("/health").json()["engine"]["pid"]
 
     def peak_after(num_bytes: int) -> int:
