@@ -46,7 +46,6 @@ class Bundle:
     card: str  # markdown
     training: dict[str, Any]  # facts about the run, free in form
     hash: str  # sha256 of model.safetensors, hex
-    size_bytes: int  # the four files together
 
     def tensors(self) -> dict[str, NDArray[np.float32]]:
         """Every weight as a fresh float32 array, named and shaped as `config.tensor_shapes()`, in that order.
@@ -161,7 +160,6 @@ def open_bundle(path: str | Path) -> Bundle:
         card=_read_text(folder / CARD),
         training=manifest.training,
         hash=manifest.weights.sha256,
-        size_bytes=sum((folder / name).stat().st_size for name in _FILES),
     )
 
 

@@ -58,7 +58,6 @@ class Dataset:
     valid: np.ndarray
     test: np.ndarray | None
     train_bytes: int
-    valid_bytes: int
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -94,7 +93,6 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Dataset:
         valid=_encode(corpus.valid, learned, data.cache_dir),
         test=None if corpus.test is None else _encode(corpus.test, learned, data.cache_dir),
         train_bytes=len(corpus.train),
-        valid_bytes=len(corpus.valid),
     )
     for split, tokens in (("valid", dataset.valid), ("test", dataset.test)):
         if tokens is not None and len(tokens) < 2 * data.block:
