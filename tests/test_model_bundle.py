@@ -132,13 +132,6 @@ def test_equal_weights_have_an_equal_hash_which_is_that_of_the_file(saved: Path,
     assert open_bundle(saved).hash == hashlib.sha256((saved / WEIGHTS).read_bytes()).hexdigest()
 
 
-def test_the_size_is_that_of_the_four_files(saved: Path) -> None:
-    num_bytes = sum(file.stat().st_size for file in saved.iterdir())
-    (saved / "notes.txt").write_text("not counted")
-
-    assert open_bundle(saved).size_bytes == num_bytes
-
-
 def test_config_json_holds_the_documented_facts(saved: Path) -> None:
     document = json.loads((saved / CONFIG).read_text())
 
