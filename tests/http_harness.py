@@ -24,7 +24,7 @@ def make_bundle(*, eos_id: int | None = None) -> Bundle:
     tokenizer = BytesTokenizer()
     tokenizer.eos_id = eos_id
     config = ModelConfig(vocab_size=256, num_layers=1, width=8, num_heads=2, num_persistent=4, max_span=16)
-    return Bundle(Path("bundles/tiny"), config, tokenizer, card="# tiny", training={}, hash="ab" * 32, size_bytes=1)
+    return Bundle(Path("bundles/tiny"), config, tokenizer, card="# tiny", training={}, hash="ab" * 32)
 
 
 def make_link(**options: Any) -> FakeLink:
