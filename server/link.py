@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import zmq
@@ -26,6 +25,7 @@ from server.messages import (
     FromEngine,
     Generate,
     Heartbeat,
+    LinkState,
     Ready,
     Score,
     Scores,
@@ -40,8 +40,6 @@ WATCH_S = 0.1
 LAST_WORDS_S = 1.0  # for messages of an engine that has ended in order
 EXIT_S = 5.0  # an engine that was told to end and has not by then is killed
 RUNNER = "server.runner:TorchRunner.from_bundle"
-
-LinkState = Literal["starting", "ready", "draining", "failed"]
 
 
 class Stream:

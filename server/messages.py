@@ -3,7 +3,11 @@
 Arrays travel as raw little-endian bytes (`array` of the named type), so that a long document costs one copy.
 """
 
+from typing import Literal
+
 import msgspec
+
+LinkState = Literal["starting", "ready", "draining", "failed"]  # of the line between the two processes
 
 
 class EngineOptions(msgspec.Struct, frozen=True):

@@ -5,17 +5,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 from model.bundle import Bundle
 from server.config import Settings
 from server.errors import Draining, EngineDown, InternalError, InvalidField, QueueFull, ServerError, Starting
-from server.messages import Ended, Generate, Ready, Score, Scores, Step, Token
+from server.messages import Ended, Generate, LinkState, Ready, Score, Scores, Step, Token
 from server.metrics import Metrics
 
 HEARTBEAT_LIMIT_S = 5.0  # the engine sends one a second: more is a hang, not a hiccup
-
-LinkState = Literal["starting", "ready", "draining", "failed"]
 
 
 class Link(Protocol):
