@@ -176,35 +176,64 @@ class BakedLM(nn.Module):
         Returns:
             hidden states [B, T, E] and, for `RingCache.commit`, the new keys and values of each layer [B, T, 2, H, D].
         """
+        hidden, new, _ = self._extend(tokens, cache, rows, with_share=False)
+        return hidden, new
+
+    @torch.inference_mode()
+    def extend_with_memory_share(
+        self, tokens: Tensor, cache: RingCache, rows: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """`extend`, and the share of attention that falls on persistent vectors, heads' mean, [B, T, layers] fp32."""
+        hidden, new, shares = self._extend(tokens, cache, rows, with_share=True)
+        return hidden, new, torch.stack(shares, -1)
+
+    def _extend(
+        self, tokens: Tensor, cache: RingCache, rows: Sequence[int], *, with_share: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """See `extend`; the shares, one of each layer [B, T], are left out unless asked for."""
         lengths = cache.lengths[list(rows)]
         filled = torch.from_numpy(lengths).to(self.device)
         shortest = lengths.min() if self.config.empty_slots == "masked" else math.inf
         hidden = F.embedding(tokens, self.embedding)
-        new = []
+        new, shares = [], []
         for index, layer in enumerate(self.layers):
             query, pair = layer.project(hidden)
             query = query.permute(2, 0, 1, 3)  # [H, B, T, D]
             fresh = pair.permute(2, 3, 0, 1, 4)  # [2, H, B, T, D]
             outputs = []
             for place, group in enumerate(layer.groups):
-                recent = cache.recent(index, place, rows)  # [2, h, B, S, D]
-                key, value = torch.cat((recent, fresh[:, group.heads]), 3)  # each [h, B, S + T, D]
-                table = self.tables[str(group.num_slots)]
+                context = torch.cat((cache.recent(index, place, rows), fresh[:, group.heads]), 3)  # [2, h, B, S + T, D]
+                empty = filled if shortest < group.num_slots else None
                 outputs.append(
-                    banded_attention(
-                        query[group.heads],
-                        key,
-                        value,
-                        Block(layer.persistent_key[group.heads].mT, layer.persistent_value[group.heads]),
-                        position=table.position[:, : group.num_slots],
-                        log_mass=table.log_mass[self._table_rows[index][place], : group.num_slots],
-                        filled=filled if shortest < group.num_slots else None,
-                    )
+                    self._attend(index, place, query[group.heads], context, filled=empty, with_share=with_share)
                 )
             attended = torch.cat(outputs).permute(1, 2, 0, 3)  # [B, T, H, D]
+            if with_share:
+                shares.append(attended[..., -1].float().mean(-1))
+                attended = attended[..., :-1]
             hidden = layer.finish(hidden, attended)
             new.append(pair)
-        return hidden, new
+        return hidden, new, shares
+
+    def _attend(
+        self, index: int, place: int, query: Tensor, context: Tensor, *, filled: Tensor | None, with_share: bool
+    ) -> Tensor:
+        """Attention of one group of one layer, [h, B, T, D]; with the share of persistent vectors one column wider."""
+        layer, group = self.layers[index], self.layers[index].groups[place]
+        table = self.tables[str(group.num_slots)]
+        key, value = context
+        persistent = Block(layer.persistent_key[group.heads].mT, layer.persistent_value[group.heads])
+        if with_share:
+            value, persistent = _mark_persistent(value, persistent)
+        return banded_attention(
+            query,
+            key,
+            value,
+            persistent,
+            position=table.position[:, : group.num_slots],
+            log_mass=table.log_mass[self._table_rows[index][place], : group.num_slots],
+            filled=filled,
+        )
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -236,6 +265,11 @@ def score_document(
         cache.commit([0], new, [len(stretch) - 1])
         logprobs, ranks = target_logprobs(model.logits(hidden[0]), stretch[1:])
         yield logprobs.cpu().numpy(), ranks.cpu().numpy()
+
+
+def _mark_persistent(value: Tensor, persistent: Block) -> tuple[Tensor, Block]:
+    """One more component of every value: 0 in the context, 1 in persistent vectors; its mean is their share."""
+    return F.pad(value, (0, 1)), persistent._replace(value=F.pad(persistent.value, (0, 1), value=1.0))
 
 
 def _twice_farthest_first(by_distance: Tensor) -> Tensor:

@@ -6,12 +6,26 @@ scheduling.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.spans import HeadGroup
+
+
+@dataclass(frozen=True)
+class RowSnapshot:
+    """A copy of one row's whole state, for `RingCache.restore` of any cache of the same model."""
+
+    length: int
+    rings: list[Tensor]  # [2, h, S, D] of every layer and group
+
+    @property
+    def num_bytes(self) -> int:
+        """What keeping it costs."""
+        return sum(ring.nbytes for ring in self.rings)
 
 
 class RingCache:
@@ -52,6 +66,16 @@ class RingCache:
         self.lengths[target] = self.lengths[source]
         for ring in self._all():
             ring[:, target].copy_(ring[:, source])
+
+    def snapshot(self, row: int) -> RowSnapshot:
+        """A copy of the whole state of a row."""
+        return RowSnapshot(int(self.lengths[row]), [ring[:, row].clone() for ring in self._all()])
+
+    def restore(self, row: int, snapshot: RowSnapshot) -> None:
+        """Put a row into the state that another one had; it goes on as that one did."""
+        self.lengths[row] = snapshot.length
+        for ring, kept in zip(self._all(), snapshot.rings, strict=True):
+            ring[:, row].copy_(kept)
 
     def recent(self, layer: int, group: int, rows: Sequence[int]) -> Tensor:
         """Keys and values of some rows in the order of time, the newest last: a copy, [2, h, rows, S, D]."""

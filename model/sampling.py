@@ -1,70 +1,157 @@
 """What is read off the logits: drawn tokens, whose noise depends on (seed, position) only, and log-probabilities.
 
-Sizes: B rows, V vocabulary. Host work (`Draws`) and device work (`draw`) are apart; no Python loop over rows.
+Host work (`Draws`) and device work (`draw`) are apart; no Python loop over lines, and nothing waits for the device.
+What a line gets depends, bit for bit, on nothing but itself: log_softmax works line by line, where logsumexp changes
+its order of summation with the size of the batch.
+
+Sizes: B lines of a batch, b of them drawn at random, V vocabulary, n best tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.filters import Filter, exact_sum, keep_min_p, keep_top_k, keep_top_p, keep_typical, pick, to_weights
+from model.penalties import History, Penalties, PenaltiesLike
+
+COLDEST = 1e-20  # of the temperatures above 0: a colder one would change no draw, but overflow
+
+
+class SamplingLike(PenaltiesLike, Protocol):
+    """How to draw the tokens of one sequence, as `server.messages.Sampling` says it."""
+
+    @property
+    def temperature(self) -> float:
+        """0 = greedy."""
+        ...
+
+    @property
+    def top_k(self) -> int:
+        """0 = off."""
+        ...
+
+    @property
+    def top_p(self) -> float:
+        """1 = off."""
+        ...
+
+    @property
+    def min_p(self) -> float:
+        """0 = off."""
+        ...
+
+    @property
+    def typical_p(self) -> float:
+        """1 = off."""
+        ...
+
+    @property
+    def num_top(self) -> int:
+        """How many of the most probable tokens to tell."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """u64."""
+        ...
+
+
+class Drawn(NamedTuple):
+    """Drawn tokens. Log-probabilities are under softmax(logits): temperature 1, nothing cut, nothing penalised."""
+
+    tokens: Tensor  # [B] int64
+    logprobs: Tensor  # [B] fp32; not finite where a line's logits are not
+    top_ids: Tensor | None  # [B, n] int64, the best first; n = the largest `num_top`, None if it is 0
+    top_logprobs: Tensor | None  # [B, n] fp32
+
+
+class Scored(NamedTuple):
+    """Figures of given tokens; None where not asked for."""
+
+    logprobs: Tensor  # [...] fp32, nats
+    ranks: Tensor  # [...] int64, 0 = the most probable
+    top_ids: Tensor | None  # [..., n] int64, the best first
+    top_logprobs: Tensor | None  # [..., n] fp32
+    entropies: Tensor | None  # [...] fp32, nats
+
 
 class Draws:
-    """How the rows of a batch are drawn, one entry a row. Prepared once per batch composition, used for many steps."""
+    """How the lines of a batch are drawn. Prepared once per batch composition, used for many steps."""
 
-    def __init__(
-        self,
-        *,
-        temperatures: Sequence[float],
-        top_ks: Sequence[int],
-        top_ps: Sequence[float],
-        min_ps: Sequence[float],
-        seeds: Sequence[int],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """temperatures: 0 = greedy; top_ks: 0 = off; top_ps: 1 = off; min_ps: 0 = off; seeds: u64."""
+    def __init__(self, samplings: Sequence[SamplingLike], *, device: torch.device | str = "cpu") -> None:
+        self.penalties = Penalties(samplings, device=device)
+        self.num_top = max((one.num_top for one in samplings), default=0)
+        self.random = [line for line, one in enumerate(samplings) if one.temperature > 0]  # the others are greedy
+        own = [samplings[line] for line in self.random]
+        self.lines = torch.tensor(self.random, dtype=torch.int64, device=device)  # [b]
+        self.seeds = np.array([one.seed for one in own], dtype=np.uint64)  # [b]
+        self.temperature = _column([max(one.temperature, COLDEST) for one in own], torch.float32, device)  # [b, 1]
+        self.filters = _filters(own, device)
 
-        def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None]  # [B, 1]
-
-        self.greedy = not any(temperatures)
-        self.is_greedy = column([t == 0 for t in temperatures], torch.bool)[:, 0]  # [B]
-        self.temperature = column([t or 1.0 for t in temperatures], torch.float32)
-        self.top_k = column(top_ks, torch.int64) if any(top_ks) else None
-        self.top_p = column(top_ps, torch.float32) if any(p < 1 for p in top_ps) else None
-        self.min_p = column(min_ps, torch.float32) if any(min_ps) else None
-        self.seeds = np.array(seeds, dtype=np.uint64)  # [B]
+    @property
+    def penalised(self) -> bool:
+        """Whether some line must know what occurred in its row."""
+        return self.penalties.penalised
 
 
-def draw(logits: Tensor, draws: Draws, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Draw one token a row: from the cumulative distribution at one uniform number, or the best where greedy.
+def draw(
+    logits: Tensor,
+    draws: Draws,
+    *,
+    positions: Sequence[int],
+    num_generated: Sequence[int],
+    history: History | None = None,
+    rows: Sequence[int] = (),
+) -> Drawn:
+    """Draw one token a line: the best where greedy, else from the cumulative distribution at one uniform number.
+
+    In this order: repetition, frequency and presence penalties, bias, bans of end tokens; then for greedy lines the
+    best (the first of equals), for the others temperature, top_k, top_p, typical_p, min_p, each on what is left.
 
     Args:
         logits: [B, V] fp32.
-        positions: the number of tokens before the drawn one, for each row.
-
-    Returns:
-        tokens [B] int64, and their log-probabilities [B] under softmax(logits): temperature 1, nothing cut.
+        positions: the number of tokens before the drawn one, for each line.
+        num_generated: of those, the generated ones.
+        history, rows: what occurred, and the row of each line in it; needed where a line is penalised.
     """
-    tokens = logits.argmax(-1)
-    if not draws.greedy:
-        uniform = torch.from_numpy(uniform_noise(draws.seeds, np.asarray(positions))).to(logits.device)
-        drawn = _invert(_distribution(logits, draws), uniform)
-        tokens = torch.where(draws.is_greedy, tokens, drawn)
-    chosen = logits.gather(-1, tokens[:, None])[:, 0]
-    return tokens, chosen - logits.logsumexp(-1)
+    scores = draws.penalties.apply(logits, num_generated=num_generated, history=history, rows=rows)
+    tokens = scores.argmax(-1)
+    if draws.random:
+        probabilities = torch.softmax(scores[draws.lines] / draws.temperature, -1)  # [b, V]
+        weights = to_weights(probabilities)
+        for one in draws.filters:
+            one.apply(weights)
+        uniform = uniform_noise(draws.seeds, np.asarray(positions)[draws.random])
+        tokens[draws.lines] = pick(weights, torch.from_numpy(uniform).to(logits.device))
+    logprobs = logits.log_softmax(-1)
+    top_ids = _best(logits, draws.num_top) if draws.num_top else None
+    top_logprobs = logprobs.gather(-1, top_ids) if top_ids is not None else None
+    return Drawn(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top_ids, top_logprobs)
 
 
-def target_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (nats, fp32) of given tokens and their ranks (0 = the most probable).
+def score_targets(logits: Tensor, targets: Tensor, *, num_top: int = 0, entropy: bool = False) -> Scored:
+    """Log-probabilities and ranks of given tokens; beside them the best tokens, and the entropy of the distribution.
 
     Args:
         logits: [..., V] fp32.
         targets: [...] int64.
     """
-    chosen = logits.gather(-1, targets[..., None])
-    return (chosen[..., 0] - logits.logsumexp(-1)), (logits > chosen).sum(-1)
+    logprobs = logits.log_softmax(-1)  # [..., V]
+    own = logprobs.gather(-1, targets[..., None])[..., 0]
+    ranks = (logits > logits.gather(-1, targets[..., None])).sum(-1)
+    top_ids = _best(logits, num_top) if num_top else None
+    top_logprobs = logprobs.gather(-1, top_ids) if top_ids is not None else None
+    return Scored(own, ranks, top_ids, top_logprobs, _entropy(logprobs) if entropy else None)
+
+
+def target_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two of `score_targets`."""
+    scored = score_targets(logits, targets)
+    return scored.logprobs, scored.ranks
 
 
 def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -90,27 +177,45 @@ def _splitmix(state: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def _distribution(logits: Tensor, draws: Draws) -> Tensor:
-    """Temperature, then top_k, then top_p of what is left, then min_p: unnormalised probabilities [B, V]."""
-    probabilities = torch.softmax(logits / draws.temperature, -1)
-    floor = torch.zeros_like(draws.temperature)  # [B, 1]: what is less probable is cut; ties at the edge stay
-    if draws.top_k is not None or draws.top_p is not None:
-        ordered = probabilities.sort(-1, descending=True).values
-        if draws.top_k is not None:
-            last = torch.where(draws.top_k > 0, draws.top_k, ordered.shape[-1]).clamp(max=ordered.shape[-1]) - 1
-            floor = ordered.gather(-1, last)
-            ordered = ordered * (ordered >= floor)
-        if draws.top_p is not None:
-            share = ordered / ordered.sum(-1, keepdim=True)
-            kept = (share.cumsum(-1) - share < draws.top_p) & (share > 0)
-            floor = torch.where(kept, ordered, torch.inf).amin(-1, keepdim=True).maximum(floor)
-    if draws.min_p is not None:
-        floor = torch.maximum(floor, draws.min_p * probabilities.amax(-1, keepdim=True))
-    return probabilities * (probabilities >= floor)
+def _filters(samplings: Sequence[SamplingLike], device: torch.device | str) -> list[Filter]:
+    """The filters that are used, in the order of their application."""
+    lines = list(enumerate(samplings))
+    top_k = {line: one.top_k for line, one in lines if one.top_k}
+    top_p = {line: one.top_p for line, one in lines if one.top_p < 1}
+    typical_p = {line: one.typical_p for line, one in lines if one.typical_p < 1}
+    min_p = {line: one.min_p for line, one in lines if one.min_p}
+    kinds: list[tuple[Callable[[Tensor, Tensor], Tensor], Mapping[int, float], torch.dtype]] = [
+        (partial(keep_top_k, largest=max(top_k.values(), default=0)), top_k, torch.int64),
+        (keep_top_p, top_p, torch.float64),
+        (keep_typical, typical_p, torch.float64),
+        (keep_min_p, min_p, torch.float64),
+    ]
+    return [
+        Filter(keep, torch.tensor(list(used), device=device), _column(list(used.values()), dtype, device))
+        for keep, used, dtype in kinds
+        if used
+    ]
 
 
-def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the uniform share of the total, [B]."""
-    cumulative = probabilities.double().cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
+def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+
+def _best(logits: Tensor, num: int) -> Tensor:
+    """The tokens of the largest logits, the best and of equals the first first, [..., min(num, V)] int64.
+
+    topk alone leaves open which of equals it takes, and with bf16 weights equals are common. So logit and token are
+    packed into one integer; read as integers, the bits of floats are in order once those of negative ones are flipped.
+    """
+    last = logits.shape[-1] - 1
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes one zero of two
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    backwards = torch.arange(last, -1, -1, device=logits.device)
+    best = ((ordered << 32) | backwards).topk(min(num, last + 1)).values
+    return last - (best & 0xFFFFFFFF)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """Of distributions [..., V] in nats, [...] fp32; NaN where they hold NaN."""
+    terms = -logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0, not NaN, where impossible
+    return torch.where(logprobs[..., 0].isnan(), torch.nan, exact_sum(terms)).float()

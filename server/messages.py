@@ -7,49 +7,89 @@ from typing import Literal
 
 import msgspec
 
-LinkState = Literal["starting", "ready", "draining", "failed"]  # of the line between the two processes
+LinkState = Literal["starting", "ready", "draining", "restarting", "failed"]  # of the line between the two processes
+FROM_BUNDLE = "server.runner:TorchRunner.from_bundle"
 
 
 class EngineOptions(msgspec.Struct, frozen=True):
     """What the API process tells the engine process at its start."""
 
-    inbox: str  # ZeroMQ address of messages to the engine
-    outbox: str
     bundle: str
     num_rows: int
     dtype: str
     device: str
     num_threads: int | None  # None leaves it to torch
+    batch_invariant: bool
     chunk_tokens: int
     budget_tokens: int
-    runner: str = "server.runner:TorchRunner.from_bundle"  # module:factory
+    prefill_ms: float
+    runner: str = FROM_BUNDLE  # module:factory
 
 
 class Sampling(msgspec.Struct, frozen=True):
     """How to draw the tokens of one sequence; every field already validated and defaulted by the API process."""
 
-    temperature: float  # 0 = greedy
-    top_k: int  # 0 = off
-    top_p: float  # 1 = off
-    min_p: float  # 0 = off
-    seed: int  # u64; with the position it alone decides the noise of a draw
+    temperature: float = 0.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # 0 = off
+    typical_p: float = 1.0  # 1 = off
+    repetition_penalty: float = 1.0  # 1 = off; over prompt and output
+    frequency_penalty: float = 0.0  # 0 = off; over the output, as the next
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token and what is added to its logit
+    end_ids: tuple[int, ...] = ()  # tokens that end the sequence; they are not drawn before `min_new_tokens`
+    min_new_tokens: int = 0
+    num_top: int = 0  # most probable tokens to tell beside each drawn one
+    seed: int = 0  # u64; with the position it alone decides the noise of a draw
 
 
 class Generate(msgspec.Struct, tag=True, frozen=True):
-    """Continue `tokens`. Answered by Tokens messages, the last one with `finish_reason`."""
+    """Continue `tokens`. Answered by Tokens, then one Ended.
+
+    With `forks` the prompt is read once and continued several times; each fork has a name and seed of its own.
+    """
 
     id: str
     tokens: bytes  # int32
     sampling: Sampling
     max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
+    timeout_s: float | None = None  # from now
+    prompt_scores: bool = False  # answer with Scores of the prompt too, before the first token
+    forks: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of all its sequences."""
+        return (self.id, *(name for name, _ in self.forks))
+
+
+class Extras(msgspec.Struct, frozen=True):
+    """What to tell of each scored token beside its log-probability and rank."""
+
+    num_top: int = 0  # the most probable tokens
+    entropy: bool = False
+    memory_share: bool = False
 
 
 class Score(msgspec.Struct, tag=True, frozen=True):
-    """Log-probability of every token after the first. Answered by Scores messages, the last one with `last`."""
+    """Log-probability of every token after the first `num_shared` + 1. Answered by Scores, then one Ended.
+
+    With `forks` those first `num_shared` tokens are read once; each fork then goes on with tokens of its own, of which
+    the first is not scored.
+    """
 
     id: str
     tokens: bytes  # int32
+    num_shared: int = 0
+    extras: Extras = Extras()
+    timeout_s: float | None = None  # from now
+    forks: tuple[tuple[str, bytes], ...] = ()
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of all its sequences."""
+        return (self.id, *(name for name, _ in self.forks))
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -72,18 +112,26 @@ class Token(msgspec.Struct, array_like=True, frozen=True):
     sequence: str
     token: int
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # the most probable tokens and their log-probabilities, best first
 
 
 class Scores(msgspec.Struct, frozen=True):
-    """The next stretch of a scored document."""
+    """The next stretch of T scored tokens. The extras are empty where they were not asked for."""
 
     sequence: str
-    logprobs: bytes  # float32, nats
-    ranks: bytes  # int32, 0 = the most probable token of all
+    logprobs: bytes  # [T] float32, nats
+    ranks: bytes  # [T] int32, 0 = the most probable token of all
+    top_ids: bytes = b""  # [T, num_top] int32
+    top_logprobs: bytes = b""  # [T, num_top] float32
+    entropies: bytes = b""  # [T] float32, nats, of the distribution that the token was scored under
+    memory_shares: bytes = b""  # [T, layers] float32: persistent share of attention at the position before
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """The one ending of a sequence: length, eos_token, scored, cancelled, shutdown, or error (then with `error`)."""
+    """The one ending of a sequence.
+
+    length, eos_token, scored, cancelled, timeout, shutdown, or error (then with `error`).
+    """
 
     sequence: str
     finish_reason: str
@@ -101,18 +149,21 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     num_prefilled: int = 0  # prompt and document tokens read
     seconds: float = 0.0
     rows_used: int = 0
-    num_waiting: int = 0
+    num_waiting: int = 0  # sequences
+    tokens_waiting: int = 0  # that are still to be read, of all sequences
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The engine has loaded the bundle and run a real step."""
+    """The engine has loaded the bundle and run real steps of every shape."""
 
     pid: int
     device: str
     dtype: str
     num_rows: int
     state_bytes_per_row: int
+    batch_invariant: bool  # whether a batch was seen to give each row, bit for bit, what it gets alone
     spans: tuple[tuple[int, ...], ...]  # how far each head of each layer looks back, in tokens
+    warm_up_s: float = 0.0
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):

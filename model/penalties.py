@@ -1,0 +1,179 @@
+"""What changes logits before a token is chosen: penalties on tokens that occurred, biases, and bans of end tokens.
+
+Owns the record of what occurred (`History`) and the adjustments of a batch (`Penalties`). Lines that ask for nothing
+keep their logits bit for bit, so that what one line gets never depends on its neighbours.
+
+Sizes: R rows of the server's state, B lines of a batch, b lines of them that are penalised, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PenaltiesLike(Protocol):
+    """What a way of sampling says about the logits."""
+
+    @property
+    def repetition_penalty(self) -> float:
+        """1 = off; over tokens of the prompt and the output."""
+        ...
+
+    @property
+    def frequency_penalty(self) -> float:
+        """0 = off; for each time that the output has the token."""
+        ...
+
+    @property
+    def presence_penalty(self) -> float:
+        """0 = off; if the output has the token."""
+        ...
+
+    @property
+    def logit_bias(self) -> tuple[tuple[int, float], ...]:
+        """Tokens and what is added to their logits."""
+        ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that are banned before `min_new_tokens` are there."""
+        ...
+
+    @property
+    def min_new_tokens(self) -> int:
+        """0 = off."""
+        ...
+
+
+@dataclass(frozen=True)
+class HistorySnapshot:
+    """A copy of one row's history."""
+
+    seen: Tensor  # [V] bool
+    counts: Tensor  # [V] int32
+
+
+class History:
+    """Which tokens occurred in each row: whether in the prompt, and how often in the output."""
+
+    def __init__(self, num_rows: int, vocab_size: int, *, device: torch.device | str = "cpu") -> None:
+        self.seen = torch.zeros(num_rows, vocab_size, dtype=torch.bool, device=device)  # [R, V]
+        self.counts = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device)  # [R, V]
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that one row costs."""
+        return self.seen[0].nbytes + self.counts[0].nbytes
+
+    def reset(self, row: int) -> None:
+        """Begin a fresh stream in a row."""
+        self.seen[row].zero_()
+        self.counts[row].zero_()
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one row over another."""
+        self.seen[target].copy_(self.seen[source])
+        self.counts[target].copy_(self.counts[source])
+
+    def snapshot(self, row: int) -> HistorySnapshot:
+        """A copy of a row."""
+        return HistorySnapshot(self.seen[row].clone(), self.counts[row].clone())
+
+    def restore(self, row: int, snapshot: HistorySnapshot) -> None:
+        """Put a row into the state that another one had."""
+        self.seen[row].copy_(snapshot.seen)
+        self.counts[row].copy_(snapshot.counts)
+
+    def read(self, row: int, tokens: Tensor) -> None:
+        """Mark tokens of a row's prompt, [T] int64."""
+        self.seen[row].index_fill_(0, tokens, True)
+
+    def feed(self, rows: Tensor, tokens: Tensor) -> None:
+        """Count output tokens, [n] int64, each in the row of its place in `rows` [n] int64; a row may occur often."""
+        self._add(rows, tokens, 1)
+
+    def unfeed(self, rows: Tensor, tokens: Tensor) -> None:
+        """Undo a `feed`."""
+        self._add(rows, tokens, -1)
+
+    def _add(self, rows: Tensor, tokens: Tensor, amount: int) -> None:
+        amounts = torch.full_like(tokens, amount, dtype=torch.int32)
+        self.counts.index_put_((rows, tokens), amounts, accumulate=True)
+
+
+class Penalties:
+    """The adjustments of a batch, prepared once per batch composition; what no line asks for costs nothing."""
+
+    def __init__(self, samplings: Sequence[PenaltiesLike], *, device: torch.device | str = "cpu") -> None:
+        self._device = device
+        self._penalised = [line for line, one in enumerate(samplings) if _is_penalised(one)]
+        self._lines = torch.tensor(self._penalised, dtype=torch.int64, device=device)  # [b]
+        penalties = [
+            (one.repetition_penalty, one.frequency_penalty, one.presence_penalty)
+            for one in (samplings[line] for line in self._penalised)
+        ]
+        columns = torch.tensor(penalties, dtype=torch.float32, device=device).view(-1, 3, 1)
+        self._repetition, self._frequency, self._presence = columns.unbind(1)  # each [b, 1]
+        places: dict[tuple[int, int], float] = {}  # a token that is named twice gets both biases
+        for line, one in enumerate(samplings):
+            for token, bias in one.logit_bias:
+                places[line, token] = places.get((line, token), 0.0) + bias
+        self._biased = self._to_device(np.array(list(places), dtype=np.int64).reshape(-1, 2))  # line, token
+        self._bias = torch.tensor(list(places.values()), dtype=torch.float32, device=device)
+        bans = [
+            (line, token, one.min_new_tokens)
+            for line, one in enumerate(samplings)
+            if one.min_new_tokens
+            for token in one.end_ids
+        ]
+        self._bans = np.array(bans, dtype=np.int64).reshape(-1, 3)  # line, token, until how many are generated
+
+    @property
+    def penalised(self) -> bool:
+        """Whether some line needs a history."""
+        return bool(self._penalised)
+
+    def apply(
+        self, logits: Tensor, *, num_generated: Sequence[int], history: History | None, rows: Sequence[int]
+    ) -> Tensor:
+        """The logits to choose by, [B, V]: the given ones, untouched, where nothing is to be done.
+
+        A line of which every token is banned gets its logits back as they were, since it must draw something.
+
+        Args:
+            logits: [B, V] fp32.
+            num_generated: how many tokens each line has produced.
+            history, rows: what occurred, and the row of each line in it; needed where a line is penalised.
+        """
+        bans = self._bans[np.asarray(num_generated)[self._bans[:, 0]] < self._bans[:, 2]]
+        if not (self._penalised or len(self._bias) or len(bans)):
+            return logits
+        scores = logits.clone()
+        if self._penalised:
+            assert history is not None, "penalties need a history"
+            source = self._to_device(np.asarray(rows, dtype=np.int64)[self._penalised])
+            scores[self._lines] = self._penalise(logits[self._lines], history.seen[source], history.counts[source])
+        if len(self._bias):
+            scores[self._biased.unbind(1)] += self._bias
+        if len(bans):
+            scores[self._to_device(bans[:, :2]).unbind(1)] = float("-inf")
+        best = scores.amax(-1, keepdim=True)
+        return torch.where(best == float("-inf"), logits, scores)
+
+    def _penalise(self, logits: Tensor, seen: Tensor, counts: Tensor) -> Tensor:
+        """Repetition as in Keskar et al. 2019 (arXiv 1909.05858), then frequency and presence; each [b, V]."""
+        present = counts > 0
+        repeated = torch.where(logits > 0, logits / self._repetition, logits * self._repetition)
+        scores = torch.where(seen | present, repeated, logits)
+        return scores - self._frequency * counts - self._presence * present
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _is_penalised(one: PenaltiesLike) -> bool:
+    return one.repetition_penalty != 1 or one.frequency_penalty != 0 or one.presence_penalty != 0
