@@ -27,7 +27,7 @@ from server.sequence import Chunk, Draw
 
 PROMPT = 64
 STEPS = 32  # of one repetition
-GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+GREEDY = Sampling()
 
 
 def paper_model(dtype: torch.dtype) -> BakedLM:
@@ -72,7 +72,8 @@ def decode_rate(model: BakedLM, batch: int, *, repeats: int) -> float:
     for _ in range(repeats + 1):
         begun = time.perf_counter()
         for _ in range(STEPS):
-            last, _ = runner.decode(rows, last, [Draw(GREEDY, position)] * batch)
+            drawn = runner.decode(rows, last, [Draw(GREEDY, position, position - PROMPT)] * batch)
+            last = [one.token for one in drawn]
             position += 1
         rates.append(batch * STEPS / (time.perf_counter() - begun))
     return statistics.median(rates[1:])

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 import uvloop
@@ -14,13 +15,15 @@ from fastapi import FastAPI
 
 from model.bundle import Bundle, BundleError, open_bundle
 from server.api import create_app
-from server.config import ConfigError, Settings, load_settings
+from server.config import ConfigError, Settings, describe_settings, load_settings, wants_print_config
 from server.link import EngineLink
 from server.logs import log_to_stderr
+from server.messages import FROM_BUNDLE
 from server.service import Link
 
 POLL_S = 0.05
-LAST_WRITES_S = 5  # for answers that are complete but not yet read by their clients
+LAST_WRITES_S = 2  # for answers that are complete but not yet read by their clients
+AT_ONCE_S = 0.5  # for the kernel to end a killed engine
 
 
 class ListenError(ValueError):
@@ -28,13 +31,16 @@ class ListenError(ValueError):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until a signal comes or the engine fails.
+    """Serve until a signal comes or the engine fails for good.
 
     Returns:
-        the exit status: 0 after a signal, 1 after a failure, 2 for a wrong setting.
+        the exit status: 0 after a signal, 1 after a failure or a second signal, 2 for a wrong setting.
     """
     try:
         settings = load_settings(argv, environ=os.environ)
+        if wants_print_config(argv):
+            print(describe_settings(argv, environ=os.environ), end="")
+            return 0
     except ConfigError as error:
         return _complain(str(error), status=2)
     log_to_stderr()
@@ -44,14 +50,20 @@ def main(argv: Sequence[str]) -> int:
     except (BundleError, ListenError) as error:
         return _complain(str(error), status=1)
     try:
-        return uvloop.run(_serve_engine(settings, bundle=bundle, listener=listener))
+        uvloop.run(run(settings, bundle=bundle, listener=listener))
     except KeyboardInterrupt:  # before the server's own handlers were in place
         return 130
 
 
-async def _serve_engine(settings: Settings, *, bundle: Bundle, listener: socket.socket) -> int:
-    """The link belongs to the loop that it is made in."""
-    return await serve(settings, bundle=bundle, link=EngineLink(settings), listener=listener)
+async def run(settings: Settings, *, bundle: Bundle, listener: socket.socket, runner: str = FROM_BUNDLE) -> NoReturn:
+    """`serve` with an engine process, which belongs to the loop that it is made in; then exit with its status.
+
+    It does not come back, for the end of a loop waits for threads, and those that are left work for nobody.
+    """
+    status = await serve(settings, bundle=bundle, link=EngineLink(settings, runner=runner), listener=listener)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def listen(host: str, *, port: int) -> socket.socket:
@@ -68,29 +80,42 @@ def listen(host: str, *, port: int) -> socket.socket:
 async def serve(settings: Settings, *, bundle: Bundle, link: Link, listener: socket.socket) -> int:
     """Start the engine behind an HTTP side that already answers, wait for a reason to end, and end in order.
 
-    On the first signal new work is refused while live work goes on, for `shutdown_timeout_s` at most; on the second
-    one it ends at once. The answers that are ready then still reach their clients.
+    On the first signal new work is refused while live work goes on, for `shutdown_timeout_s` at most; the answers that
+    are ready then still reach their clients. On the second one it ends at once, with status 1: work may be lost.
     """
     server = _Server(create_app(settings=settings, bundle=bundle, link=link))
     http = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(link.start())
     await _until(lambda: starting.done() or server.num_signals > 0)
-    if link.state == "ready":
-        print(banner(settings, bundle=bundle, link=link, port=listener.getsockname()[1]), flush=True)
-        await _until(lambda: link.state == "failed" or server.num_signals > 0)
-    failed = link.state == "failed"
     if starting.done():
         await starting  # raises where the engine could not even be tried
+    if starting.done() and link.state != "failed":
+        print(banner(settings, bundle=bundle, link=link, port=listener.getsockname()[1]), flush=True)
+    await _until(lambda: link.state == "failed" or server.num_signals > 0)
+    failed = link.state == "failed"
     starting.cancel()
-    closing = asyncio.create_task(link.close(grace_s=settings.shutdown_timeout_s))
+    closing = asyncio.create_task(_close(settings, link=link, server=server, http=http))
     await _until(lambda: closing.done() or server.num_signals > 1)
     if not closing.done():
         closing.cancel()
         await asyncio.wait([closing])
-        await link.close(grace_s=0)
-    server.should_exit = True
-    await http
+        await _end_at_once(link, server=server, http=http)
+        return _complain("ended at once by a second signal", status=1)
+    await closing
     return _complain(f"the engine has failed: {link.failure}", status=1) if failed else 0
+
+
+async def _close(settings: Settings, *, link: Link, server: "_Server", http: asyncio.Task[None]) -> None:
+    await link.close(grace_s=settings.shutdown_timeout_s)
+    server.should_exit = True
+    await asyncio.wait([http])
+
+
+async def _end_at_once(link: Link, *, server: "_Server", http: asyncio.Task[None]) -> None:
+    """Kill the engine; a client that reads now still gets its ending, but nobody waits for it."""
+    await asyncio.wait([asyncio.create_task(link.close(grace_s=0))], timeout=AT_ONCE_S)
+    server.should_exit = server.force_exit = True
+    await asyncio.wait([http], timeout=AT_ONCE_S)
 
 
 async def _until(condition: Callable[[], bool]) -> None:

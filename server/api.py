@@ -1,63 +1,85 @@
-"""The application: routers, request ids, errors as bodies, one log line a request. Starts and stops nothing."""
+"""The application: routers, middleware, keys, errors as bodies. Starts and stops nothing."""
 
 import logging
-import re
-import time
-import uuid
-from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.bundle import Bundle
 from server import openapi
 from server.config import Settings
-from server.errors import (
-    InternalError,
-    MalformedRequest,
-    MethodNotAllowed,
-    NotFound,
-    ServerError,
-    error_reply,
-    retry_headers,
-)
+from server.errors import MalformedRequest, MethodNotAllowed, NotFound, ServerError, error_reply, retry_headers
 from server.generate import generate_router
 from server.health import health_router
+from server.keys import others_can_read
+from server.metrics import Metrics
+from server.parameters import GenerateRequest
+from server.replies import GenerateEvent, GenerateReply, HealthReply
+from server.request_log import CLIENT_GONE, RequestLog
+from server.requests import CancelReply, requests_router
 from server.score import score_router
+from server.score_replies import ScoreEvent, ScoreReply
+from server.score_schema import ScoreRequest
+from server.security import OPEN_PATHS, Answer, BearerAuth
 from server.service import Link, Service, package_version
 
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+REQUESTS = (GenerateRequest, ScoreRequest)
+REPLIES = (GenerateReply, GenerateEvent, ScoreReply, ScoreEvent, CancelReply, HealthReply)
+ROUTERS = (generate_router, score_router, requests_router, health_router)
 
 log = logging.getLogger(__name__)
 
 
 def create_app(*, settings: Settings, bundle: Bundle, link: Link) -> FastAPI:
     """The HTTP side of a server whose engine is at the other end of `link`. Neither starts nor stops it."""
-    app = FastAPI(title="allattn", version=package_version(), summary="An all-attention language model over HTTP")
+    app = FastAPI(
+        title="allattn",
+        version=package_version(),
+        summary="An all-attention language model over HTTP",
+        docs_url=None,  # openapi.install has its own
+        redoc_url=None,
+    )
     service = Service(settings, bundle=bundle, link=link)
-    for router in (generate_router(service), score_router(service), health_router(service)):
-        app.include_router(router)
+    for router in ROUTERS:
+        app.include_router(router(service))
+    openapi.install(app, requests=REQUESTS, replies=REPLIES)
+    answer = _answers(service.metrics)
+    _install_keys(app, settings=settings, answer=answer)
     service.metrics.instrument(app)
-    app.add_middleware(RequestLog)
-    openapi.install(app)
-    _install_errors(app, service=service)
+    app.add_middleware(RequestLog, answer=answer)
+    _install_errors(app, answer=answer)
     return app
 
 
-def _install_errors(app: FastAPI, *, service: Service) -> None:
+def _install_keys(app: FastAPI, *, settings: Settings, answer: Answer) -> None:
+    """Guard the application, where there are keys."""
+    keys = settings.all_api_keys()
+    if not keys:
+        return
+    if settings.api_key_file is not None and others_can_read(settings.api_key_file):
+        log.warning("%s can be read by every user of this machine", settings.api_key_file)
+    app.add_middleware(BearerAuth, keys=keys, refuse=answer)
+    openapi.require_bearer(app, open_paths=OPEN_PATHS)
+
+
+def _answers(metrics: Metrics) -> Answer:
+    """The function that turns an error into the answer to a request, and counts it."""
+
     def answer(request: Request, error: ServerError) -> Response:
-        service.metrics.count_rejected(error.code)
+        metrics.count_rejected(error.code)
         request_id = request.state.request_id
         body = msgspec.json.encode(error_reply(error, request_id=request_id))
-        headers = {**retry_headers(error), "X-Request-Id": request_id}
+        headers = retry_headers(error)
         if error.status == 413:
             headers["Connection"] = "close"  # the rest of the body is not read
         return Response(body, status_code=error.status, headers=headers, media_type="application/json")
 
+    return answer
+
+
+def _install_errors(app: FastAPI, *, answer: Answer) -> None:
     @app.exception_handler(ServerError)
     async def expected(request: Request, error: ServerError) -> Response:
         return answer(request, error)
@@ -73,50 +95,4 @@ def _install_errors(app: FastAPI, *, service: Service) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_request: Request, _error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nginx's word for it; nobody reads it but the metrics and the log
-
-    @app.exception_handler(Exception)
-    async def bug(request: Request, _error: Exception) -> Response:
-        return answer(request, InternalError("an unexpected error; the server's log has it under the request id"))
-
-
-class RequestLog:
-    """Gives each request its id, and each POST its one line in the log: ids, counts and times, never a text.
-
-    The id is the client's X-Request-Id, or a new one; the answer carries it. An endpoint may set
-    `request.state.summary`, a function that tells at the end what is worth a line.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        state: dict[str, Any] = scope.setdefault("state", {})
-        state["request_id"] = request_id
-        status, started = 500, time.perf_counter()
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        finally:
-            if scope["method"] == "POST":
-                line = {
-                    "request_id": request_id,
-                    "path": scope["path"],
-                    "status": status,
-                    "seconds": round(time.perf_counter() - started, 6),
-                    **(state["summary"]() if "summary" in state else {}),
-                }
-                log.info("request", extra={"fields": line})
+        return Response(status_code=CLIENT_GONE)

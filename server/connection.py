@@ -8,19 +8,19 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from server.errors import BodyTooLarge, InternalError, MalformedRequest, ServerError, error_reply
+from server.replies import frame
 
 PING_S = 10.0
 INLINE_BYTES = 1 << 14  # reading less takes under a millisecond, as long as moving it to a thread
 
 Result = TypeVar("Result")
-SendEvent = Callable[[msgspec.Struct], Awaitable[None]]
-Job = Callable[[SendEvent], Coroutine[Any, Any, None]]
+SendEvents = Callable[[bytes], Awaitable[None]]
+Job = Callable[[SendEvents], Coroutine[Any, Any, None]]
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
@@ -74,43 +74,46 @@ async def _raise_when_gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. Each job gets a function that sends one event; the answer ends when all jobs have."""
+    """Server-sent events. Each job gets a function that sends framed events; the answer ends when all jobs have."""
 
-    def __init__(self, jobs: Sequence[Job], *, request_id: str, ping_s: float = PING_S) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], *, request_id: str, close: Callable[[], None], ping_s: float = PING_S
+    ) -> None:
+        """close: called once at the end, whatever happens, even where no job has begun."""
         super().__init__(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
         del self.headers["content-length"]
         self._jobs = jobs
         self._request_id = request_id
+        self._close = close
         self._ping_s = ping_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send the headers, the events as they come, and the end. A failure on the way is one last error event."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
-        async def send_event(event: msgspec.Struct) -> None:
-            await send(_part(b"data: " + msgspec.json.encode(event) + b"\n\n"))
+        async def send_events(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
 
-        pings = asyncio.create_task(self._ping(send))
+        pings = asyncio.create_task(self._ping(send_events))
         try:
-            await while_connected(receive, [job(send_event) for job in self._jobs])
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await while_connected(receive, [job(send_events) for job in self._jobs])
         except ClientDisconnect:
             return
         except Exception as failure:
             error = failure if isinstance(failure, ServerError) else InternalError("an unexpected error")
             if error is not failure:
-                logging.getLogger(__name__).exception("a stream failed")
-            await send_event(error_reply(error, request_id=self._request_id))
+                logging.getLogger(__name__).exception(
+                    "a stream failed", extra={"fields": {"request_id": self._request_id}}
+                )
+            await send_events(frame(error_reply(error, request_id=self._request_id)))
         finally:
             pings.cancel()
+            self._close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _ping(self, send: Send) -> None:
+    async def _ping(self, send: SendEvents) -> None:
         while True:
             await asyncio.sleep(self._ping_s)
-            await send(_part(b": ping\n\n"))
-
-
-def _part(body: bytes) -> Message:
-    return {"type": "http.response.body", "body": body, "more_body": True}
+            await send(b": ping\n\n")

@@ -1,115 +1,115 @@
 """The engine's own process: load, warm up, say Ready, then turn messages into steps until told, or left, to end.
 
-Started by `server.link` as `python -m server.engine_process OPTIONS`, OPTIONS being an `EngineOptions` as JSON.
-Messages travel as msgpack over two ZeroMQ pipes that the API process has bound. SIGTERM ends it in order; so does, at
-once, the end of its standard input, whose other end the API process holds for as long as it lives.
+Started by `server.child` as `python -m server.engine_process FD PARENT OPTIONS`: the inherited end of the pipe, the
+process id of the API process, and an `EngineOptions` as JSON. It never outlives the API process, whatever it is doing.
 """
 
 import contextlib
+import ctypes
 import importlib
+import logging
 import os
 import signal
+import socket
 import sys
-import threading
 import time
-import traceback
-from pathlib import Path
-from types import FrameType
 
 import msgspec
 import numpy as np
-import zmq
 
 from server.engine import Engine
-from server.messages import Cancel, Died, EngineOptions, Generate, Heartbeat, Ready, Sampling, Score, ToEngine
+from server.logs import log_to_stderr
+from server.messages import Cancel, Died, EngineOptions, FromEngine, Generate, Heartbeat, Ready, Sampling, Score
+from server.pipe import End, EngineEnd, Heard
 from server.sequence import Runner
 
 HEARTBEAT_S = 0.5  # at least so often the process says that its loop turns
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+log = logging.getLogger("server.engine_process")  # __name__ is __main__ here
 
 
 class EngineProcess:
-    """The loop around an `Engine` and its two pipes."""
+    """The loop around an `Engine` and its pipe."""
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, *, pipe: EngineEnd) -> None:
         self._options = options
+        self._pipe = pipe
         self._asked_to_end = False
-        self._context = zmq.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.connect(options.inbox)
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._outbox.set_hwm(0)  # the API process bounds what is in flight
-        self._outbox.connect(options.outbox)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._last_said = time.monotonic()
 
     def run(self) -> int:
         """Serve until the end; the exit status."""
         try:
-            runner = self._load()
-            engine = Engine(runner, chunk_tokens=self._options.chunk_tokens, budget_tokens=self._options.budget_tokens)
-            warm_up(engine)
-            self._say(ready(runner))
+            engine = self._start()
             while not self._asked_to_end:
                 self._turn(engine)
             self._say(engine.shutdown())
             return 0
         except Exception as error:  # whatever it is, the API process must hear of it, and this process is done
-            traceback.print_exc()
-            self._say(Died(f"{type(error).__name__}: {error}"))
+            log.exception("the engine process fails")
+            self._say(Died(f"{type(error).__name__}: {error}"))  # the last thing: it is killed for it
             return 1
-        finally:
-            self._context.destroy(linger=1000)
 
-    def ask_to_end(self, _number: int, _frame: FrameType | None) -> None:
-        """The handler of SIGTERM."""
-        self._asked_to_end = True
-
-    def _load(self) -> Runner:
+    def _start(self) -> Engine:
         options = self._options
-        module, _, factory = options.runner.partition(":")
-        make = importlib.import_module(module)
-        for name in factory.split("."):
-            make = getattr(make, name)
-        runner: Runner = make(  # type: ignore[operator]
-            options.bundle,
-            num_rows=options.num_rows,
-            dtype=options.dtype,
-            device=options.device,
-            num_threads=options.num_threads,
+        runner = _load(options)
+        begun = time.monotonic()
+        batch_invariant = runner.warm_up(options.chunk_tokens)
+        engine = Engine(
+            runner,
+            chunk_tokens=options.chunk_tokens,
+            budget_tokens=options.budget_tokens,
+            prefill_ms=options.prefill_ms,
         )
-        return runner
+        warm_up(engine)
+        self._say(ready(runner, batch_invariant=batch_invariant, warm_up_s=time.monotonic() - begun))
+        return engine
 
     def _turn(self, engine: Engine) -> None:
         """Hear all there is to hear, waiting for it only where there is nothing to do; then one step."""
-        wait_ms = 0 if engine.has_work else int(HEARTBEAT_S * 1000)
-        while self._inbox.poll(wait_ms):
-            self._hear(engine, self._inbox.recv())
-            wait_ms = 0
+        for message in self._pipe.take(0 if engine.has_work else HEARTBEAT_S):
+            self._hear(engine, message)
         if engine.has_work:
             self._say(engine.step())
         elif time.monotonic() - self._last_said >= HEARTBEAT_S:
             self._say(Heartbeat())
 
-    def _hear(self, engine: Engine, data: bytes) -> None:
-        match self._decoder.decode(data):
-            case Generate() | Score() as request:
-                engine.submit(request)
+    def _hear(self, engine: Engine, message: Heard) -> None:
+        match message:
+            case Generate() | Score():
+                engine.submit(message)
             case Cancel(id=name):
                 engine.cancel(name)
+            case End():
+                self._asked_to_end = True
 
-    def _say(self, message: msgspec.Struct) -> None:
-        self._outbox.send(self._encoder.encode(message))
+    def _say(self, message: FromEngine) -> None:
+        self._pipe.send(message)
         self._last_said = time.monotonic()
+
+
+def _load(options: EngineOptions) -> Runner:
+    module, _, factory = options.runner.partition(":")
+    make = importlib.import_module(module)
+    for name in factory.split("."):
+        make = getattr(make, name)
+    runner: Runner = make(  # type: ignore[operator]
+        options.bundle,
+        num_rows=options.num_rows,
+        dtype=options.dtype,
+        device=options.device,
+        num_threads=options.num_threads,
+        batch_invariant=options.batch_invariant,
+    )
+    return runner
 
 
 def warm_up(engine: Engine) -> None:
     """Run real steps of each kind, so that readiness means that they work."""
-    greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
-    drawn = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
     tokens = np.ones(2, dtype="<i4").tobytes()
-    engine.submit(Generate("warm-up greedy", tokens, greedy, 3, ()))
-    engine.submit(Generate("warm-up drawn", tokens, drawn, 3, ()))
+    engine.submit(Generate("warm-up greedy", tokens, Sampling(temperature=0), 3))
+    engine.submit(Generate("warm-up drawn", tokens, Sampling(temperature=1), 3))
     engine.submit(Score("warm-up score", tokens))
     while engine.has_work:
         for ended in engine.step().ended:
@@ -117,41 +117,44 @@ def warm_up(engine: Engine) -> None:
                 raise RuntimeError(f"the model does not work: {ended.error}")
 
 
-def ready(runner: Runner) -> Ready:
-    """The facts of a runner that has loaded."""
+def ready(runner: Runner, *, batch_invariant: bool, warm_up_s: float) -> Ready:
+    """The facts of a runner that works."""
     return Ready(
         pid=os.getpid(),
         device=runner.device,
         dtype=runner.dtype,
         num_rows=runner.num_rows,
         state_bytes_per_row=runner.state_bytes_per_row,
+        batch_invariant=batch_invariant,
         spans=runner.spans,
+        warm_up_s=warm_up_s,
     )
 
 
-def end_with_parent(options: EngineOptions) -> None:
-    """Wait until the API process is gone, however it went, then remove the pipes with their folder and end this one.
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the parent is gone, even while it is stopped or hangs in a library.
 
-    A thread, so that neither loading nor a step that hangs is in its way; the end of standard input cannot be missed,
-    not even where the parent goes before this process has come to look.
+    Linux only; elsewhere the end of the pipe alone ends it, as soon as it runs.
     """
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    pipes = [Path(address.removeprefix("ipc://")) for address in (options.inbox, options.outbox)]
-    with contextlib.suppress(OSError):  # the folder is not empty, or not ours to remove
-        for pipe in pipes:
-            pipe.unlink(missing_ok=True)
-        pipes[0].parent.rmdir()
-    os._exit(1)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before
+        os._exit(1)
 
 
 def main(argv: list[str]) -> int:
-    """Run the engine that `argv[0]` describes; never outlives the API process."""
-    options = msgspec.json.decode(argv[0], type=EngineOptions)
-    threading.Thread(target=end_with_parent, args=(options,), daemon=True).start()
-    process = EngineProcess(options)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both processes: the API process decides
-    signal.signal(signal.SIGTERM, process.ask_to_end)
+    """Run the engine that `argv` describes; returns the exit status."""
+    descriptor, parent, options = argv
+    die_with(int(parent))
+    # Signals of a terminal or a service manager go to both processes, and the API process decides. Handlers and not
+    # SIG_IGN, which the processes of a compiler that torch may start would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    log_to_stderr()
+    end = socket.socket(fileno=int(descriptor))
+    end.set_inheritable(False)
+    process = EngineProcess(msgspec.json.decode(options, type=EngineOptions), pipe=EngineEnd(end))
     return process.run()
 
 

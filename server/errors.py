@@ -3,6 +3,7 @@
 ServerError
 ├── RequestError            the client can mend it
 │   ├── MalformedRequest    400
+│   ├── Unauthorized        401
 │   ├── NotFound            404
 │   ├── MethodNotAllowed    405
 │   ├── BodyTooLarge        413
@@ -12,12 +13,15 @@ ServerError
 │   ├── Starting            503
 │   ├── Draining            503
 │   └── EngineDown          503
+├── RequestTimeout          408
+├── Cancelled               499
 └── InternalError           500
 """
 
 # ruff: noqa: N818 - the names say what happened, as they read after `raise`
 
 import json
+import math
 from typing import ClassVar
 
 import msgspec
@@ -33,7 +37,7 @@ class ServerError(Exception):
     status: ClassVar[int]
     type: ClassVar[str]
     code: ClassVar[str]
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: float | None = None  # when the same request may succeed, where that is to be expected
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -51,6 +55,12 @@ class MalformedRequest(RequestError):
     """The request cannot be read."""
 
     status, code = 400, "malformed"
+
+
+class Unauthorized(RequestError):
+    """The server asks for an API key; the request has none, or an unknown one."""
+
+    status, code = 401, "unauthorized"
 
 
 class NotFound(RequestError):
@@ -86,7 +96,13 @@ class Overloaded(ServerError):
     """Nothing is wrong with the request; it may be sent again after `retry_after_s`."""
 
     type = "overloaded"
-    retry_after_s = 1
+    retry_after_s = 1.0
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: a better guess than that of the class."""
+        super().__init__(message, param=param)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class QueueFull(Overloaded):
@@ -98,19 +114,31 @@ class QueueFull(Overloaded):
 class Starting(Overloaded):
     """The engine has not run its first step yet."""
 
-    status, code, retry_after_s = 503, "starting", 2
+    status, code, retry_after_s = 503, "starting", 2.0
 
 
 class Draining(Overloaded):
     """The server is about to end and takes no new work."""
 
-    status, code, retry_after_s = 503, "draining", 5
+    status, code, retry_after_s = 503, "draining", 5.0
 
 
 class EngineDown(Overloaded):
     """The engine process has failed or does not answer."""
 
-    status, code, retry_after_s = 503, "engine_down", 5
+    status, code, retry_after_s = 503, "engine_down", 5.0
+
+
+class RequestTimeout(ServerError):
+    """The time that the request gave itself, or that the server gives all, has passed before there was an answer."""
+
+    status, type, code = 408, "generation", "timeout"
+
+
+class Cancelled(ServerError):
+    """Somebody ended the request by its id before there was an answer."""
+
+    status, type, code = 499, "generation", "cancelled"
 
 
 class InternalError(ServerError):
@@ -152,7 +180,8 @@ def error_reply(error: ServerError, *, request_id: str) -> ErrorReply:
 
 
 def retry_headers(error: ServerError) -> dict[str, str]:
-    """When to come back, in the two spellings clients look for."""
+    """When to come back, in the two spellings clients look for: whole seconds, and milliseconds."""
     if error.retry_after_s is None:
         return {}
-    return {"Retry-After": str(error.retry_after_s), "retry-after-ms": str(1000 * error.retry_after_s)}
+    seconds, milliseconds = math.ceil(error.retry_after_s), round(1000 * error.retry_after_s)
+    return {"Retry-After": str(max(1, seconds)), "retry-after-ms": str(max(1, milliseconds))}

@@ -1,118 +1,166 @@
-"""One generated sequence: the engine's tokens become the events a client sees. Knows no HTTP.
+"""Generated sequences: the engine's tokens become the events a client sees. Knows no HTTP.
 
 The plain reply is folded from the same events as the stream, so the two cannot differ.
 """
 
+import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 from msgspec import UNSET, UnsetType
-from numpy.typing import NDArray
+from msgspec.structs import replace
 
-from server.messages import Ended, Generate, Sampling, Token
-from server.replies import Details, FinishReason, GenerateEvent, GenerateReply, TokenInfo
+from server.errors import RequestTimeout
+from server.messages import Ended, Scores, Token
+from server.plans import GenerationPlan
+from server.prompt_scores import PromptScores
+from server.replies import Details, FinishReason, GenerateEvent, GenerateReply, PromptToken, TokenInfo, frame
 from server.service import LiveSequence, Service
-from server.text import OutputText, StopStrings
+from server.text import OutputText
 
-Emit = Callable[[GenerateEvent], Awaitable[None]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationPlan:
-    """What is asked of one sequence, validated and defaulted."""
-
-    tokens: NDArray[np.int32]  # the prompt, at least one
-    echo: str  # what generated_text begins with
-    sampling: Sampling
-    max_new_tokens: int
-    stops: StopStrings
-    stop_token_ids: frozenset[int]
-    ignore_eos: bool
-    sequence: int | UnsetType = UNSET  # which input of a list
-
-    def message(self, id: str, *, eos_id: int | None) -> Generate:
-        """What the engine is told."""
-        ends = self.stop_token_ids if self.ignore_eos or eos_id is None else self.stop_token_ids | {eos_id}
-        return Generate(
-            id=id,
-            tokens=self.tokens.astype("<i4").tobytes(),
-            sampling=self.sampling,
-            max_new_tokens=self.max_new_tokens,
-            stop_token_ids=tuple(sorted(ends)),
-        )
+Send = Callable[[bytes], Awaitable[None]]
 
 
-def start_generations(plans: list[GenerationPlan], *, service: Service) -> list["Generation"]:
-    """Admit all sequences of a request or none.
+def start_generations(
+    plans: list[GenerationPlan], *, service: Service, request_id: str, numbered: bool
+) -> list["Generation"]:
+    """Admit all sequences of a request or none. Those of the first input come first; `numbered` tells them apart.
 
     Raises:
         Starting, Draining, EngineDown, QueueFull: none was admitted.
     """
-    messages = [plan.message(service.new_id(), eos_id=service.tokenizer.eos_id) for plan in plans]
-    live = service.submit(messages)
-    return [Generation(plan, live=one, service=service) for plan, one in zip(plans, live, strict=True)]
+    live = service.submit([plan.message(service.new_id) for plan in plans], request_id=request_id)
+    prompts = [(plan, PromptScores(plan.tokens, tokenizer=service.tokenizer)) for plan in plans]
+    places = [(plan, prompt, place) for plan, prompt in prompts for place in range(plan.num_sequences)]
+    return [
+        Generation(plan, place=place, prompt=prompt, live=one, service=service, sequence=i if numbered else UNSET)
+        for i, (one, (plan, prompt, place)) in enumerate(zip(live, places, strict=True))
+    ]
 
 
 class Generation:
     """A live sequence and all that is known of it so far."""
 
-    def __init__(self, plan: GenerationPlan, *, live: LiveSequence, service: Service) -> None:
+    def __init__(
+        self,
+        plan: GenerationPlan,
+        *,
+        place: int,
+        prompt: PromptScores,
+        live: LiveSequence,
+        service: Service,
+        sequence: int | UnsetType,
+    ) -> None:
+        """place: among the sequences of one input. sequence: the number its events carry."""
         self.plan = plan
         self.details: Details | None = None
         self.num_tokens = 0
+        self.logprob_sum = 0.0
+        self._place = place
+        self._prompt = prompt
+        self._reports_prompt = plan.prompt_scores and place == 0  # the engine tells this one, and it tells the others
         self._live = live
         self._service = service
-        self._text = OutputText(service.tokenizer, stops=plan.stops)
-        self._pieces = [plan.echo]
-        self._logprob_sum = 0.0
+        self._sequence = sequence
+        self._eos_id = service.tokenizer.eos_id
+        self._end_ids = frozenset(plan.sampling.end_ids)
         self._end_token: int | None = None
-        self._last_token_at = live.submitted
+        self._text = OutputText(service.tokenizer, stops=plan.stops, num_free=plan.sampling.min_new_tokens)
+        self._pieces = [plan.echo]
+        self._taken_at = live.submitted
+        self._is_closed = False
 
-    async def run(self, emit: Emit) -> None:
-        """Pass every event to `emit`, the last one with the whole text and the details.
+    @property
+    def mean_logprob(self) -> float:
+        """Per token; the worst of all where there is none."""
+        return self.logprob_sum / self.num_tokens if self.num_tokens else -math.inf
 
-        Leaving early, by a cancellation or because `emit` raises, frees the row.
+    async def run(self, send: Send) -> None:
+        """Send every event, framed; the last one has the whole text and the details. One call for all there is.
+
+        Leaving early, by a cancellation or because `send` raises, frees the row. So does `close` where this was never
+        awaited.
 
         Raises:
+            RequestTimeout: time was up before the first token.
             EngineDown, InternalError: the engine gave the sequence up.
         """
-        with self._live as live:
-            try:
-                async for message in live:
-                    if isinstance(message, Ended):  # an ending that no token foretold: cancelled, shutdown
-                        await emit(self._last_event(message, token=None))
-                        return
-                    assert isinstance(message, Token)
-                    token = self._take(message)
-                    if not self._is_complete:
-                        await emit(GenerateEvent(self.num_tokens, token, sequence=self.plan.sequence))
-                        continue
-                    if self._text.matched_stop is not None:
-                        live.cancel()
-                    await emit(self._last_event(await live.ending(), token=token))
-                    return
-            finally:
-                if self.details is None:
-                    self._service.metrics.count_abandoned("error" if live.ended else "cancelled")
+        try:
+            while self.details is None:
+                if events := await self._next_events():
+                    await send(frame(events[0]) if len(events) == 1 else b"".join(map(frame, events)))
+        finally:
+            self.close()
 
     async def fold(self, *, details: bool) -> GenerateReply:
         """Run to the end and answer plainly. Raises as `run` does."""
         events: list[GenerateEvent] = []
-
-        async def keep(event: GenerateEvent) -> None:
-            events.append(event)
-
-        await self.run(keep)
+        try:
+            while self.details is None:
+                events += await self._next_events()
+                if not details:
+                    del events[:-1]  # the text is all in the last one
+        finally:
+            self.close()
         last = events[-1]
         assert last.generated_text is not None
         assert last.details is not None
         if not details:
             return GenerateReply(last.generated_text)
-        tokens = [event.token for event in events if event.token is not None]
-        return GenerateReply(last.generated_text, msgspec.structs.replace(last.details, tokens=tokens))
+        tops = [event.top_tokens for event in events if event.token and event.top_tokens is not UNSET]
+        whole = replace(
+            last.details,
+            prefill=last.details.prefill or [],
+            tokens=[event.token for event in events if event.token],
+            top_tokens=tops if self.plan.sampling.num_top else UNSET,
+        )
+        return GenerateReply(last.generated_text, whole)
+
+    def close(self) -> None:
+        """Free the row and count the ending, whatever it was. Once is enough, twice does no harm."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._service.leave(self._live)
+        if self.details is None:
+            reason = self._live.ended.finish_reason if self._live.ended else "cancelled"
+            self._service.metrics.count_abandoned(reason if reason in ("error", "timeout") else "cancelled")
+
+    async def _next_events(self) -> list[GenerateEvent]:
+        """The events of all that the engine has said meanwhile; in the end the last one, and `details` is set."""
+        messages = await self._live.take()
+        now, num_before = time.perf_counter(), self.num_tokens
+        events: list[GenerateEvent] = []
+        for message in messages:
+            if isinstance(message, Scores):
+                if self._reports_prompt:
+                    self._prompt.add(message)
+                continue
+            if self._reports_prompt:
+                await self._prompt.complete()
+                self._reports_prompt = False
+            if isinstance(message, Ended):  # one that no token foretold: cancelled, timeout, shutdown
+                events.append(await self._last_event(message, last=None))
+                break
+            event = self._event(message)
+            if self._is_complete:
+                events.append(await self._last_event(await self._ending(), last=event))
+                break
+            events.append(event)
+        self._observe(self.num_tokens - num_before, now=now)
+        return events
+
+    def _observe(self, num_tokens: int, *, now: float) -> None:
+        if not num_tokens:
+            return
+        metrics, waited = self._service.metrics, now - self._taken_at
+        self._taken_at = now
+        if num_tokens == self.num_tokens:
+            metrics.observe_first_token(waited)
+            num_tokens, waited = num_tokens - 1, 0.0
+        if num_tokens:
+            metrics.observe_next_tokens(waited, num_tokens)
 
     @property
     def _is_complete(self) -> bool:
@@ -123,51 +171,68 @@ class Generation:
             or self.num_tokens == self.plan.max_new_tokens
         )
 
-    def _take(self, message: Token) -> TokenInfo:
-        now = time.perf_counter()
-        metrics = self._service.metrics
-        (metrics.observe_next_token if self.num_tokens else metrics.observe_first_token)(now - self._last_token_at)
-        self._last_token_at = now
-        self.num_tokens += 1
-        self._logprob_sum += message.logprob
-        is_eos = message.token == self._service.tokenizer.eos_id
-        if (is_eos and not self.plan.ignore_eos) or message.token in self.plan.stop_token_ids:
-            self._end_token = message.token
-            text = ""
-        else:
-            text = self._text.add(message.token)
-        self._pieces.append(text)
-        return TokenInfo(message.token, text, message.logprob, is_eos)
+    async def _ending(self) -> Ended:
+        if self._text.matched_stop is not None and self._live.ended is None:
+            self._live.cancel()
+        return await self._live.ending()
 
-    def _last_event(self, ended: Ended, *, token: TokenInfo | None) -> GenerateEvent:
+    def _event(self, message: Token) -> GenerateEvent:
+        token, logprob = message.token, message.logprob
+        self.num_tokens += 1
+        self.logprob_sum += logprob
+        if token in self._end_ids:
+            self._end_token, text = token, ""
+        else:
+            text = self._text.add(token)
+            self._pieces.append(text)
+        info = TokenInfo(token, text, logprob if self.plan.logprobs else None, token == self._eos_id)
+        return GenerateEvent(
+            self.num_tokens, info, None, None, self._sequence, self._top(message) if message.top else UNSET
+        )
+
+    def _top(self, message: Token) -> list[TokenInfo]:
+        text, eos = self._service.tokenizer.token_text, self._eos_id
+        return [TokenInfo(token, text(token), logprob, token == eos) for token, logprob in message.top]
+
+    async def _last_event(self, ended: Ended, *, last: GenerateEvent | None) -> GenerateEvent:
+        """That of the ending. `last`: the event of the last token, if the ending is told with it."""
+        if ended.finish_reason == "timeout" and not self.num_tokens:
+            raise RequestTimeout(f"no token was generated within the {self.plan.timeout_s} s of timeout_s")
         rest = self._text.finish()
         self._pieces.append(rest)
-        if token is not None and rest:
-            token = msgspec.structs.replace(token, text=token.text + rest)
+        event = last or GenerateEvent(self.num_tokens, None, sequence=self._sequence)
+        if rest and event.token is not None:
+            event = replace(event, token=replace(event.token, text=event.token.text + rest))
+        prefill = await self._prompt.tokens() if self.plan.prompt_scores else UNSET
+        self.details = self._finish(ended, prefill=prefill)
+        return replace(event, generated_text="".join(self._pieces), details=self.details)
+
+    def _finish(self, ended: Ended, *, prefill: list[PromptToken] | UnsetType) -> Details:
         finish_reason, matched = self._reason(ended)
-        self.details = Details(
-            finish_reason=finish_reason,
-            generated_tokens=self.num_tokens,
-            prompt_tokens=len(self.plan.tokens),
-            seed=self.plan.sampling.seed,
-            matched_stop=matched,
-            logprob_sum=self._logprob_sum,
-            timings=ended.timings,
-            fingerprint=self._service.fingerprint,
-        )
+        prompt_tokens = len(self.plan.tokens)
         self._service.metrics.count_finished(
             finish_reason,
             seconds=time.perf_counter() - self._live.submitted,
             queue_s=ended.timings.queue_ms / 1000,
-            prompt_tokens=len(self.plan.tokens),
+            prompt_tokens=0 if self._place else prompt_tokens,  # read once for all sequences of an input
         )
-        return GenerateEvent(self.num_tokens, token, "".join(self._pieces), self.details, sequence=self.plan.sequence)
+        return Details(
+            finish_reason=finish_reason,
+            generated_tokens=self.num_tokens,
+            prompt_tokens=prompt_tokens,
+            seed=self.plan.seed(self._place),
+            matched_stop=matched,
+            logprob_sum=self.logprob_sum,
+            timings=ended.timings,
+            fingerprint=self._service.fingerprint,
+            prefill=prefill,
+        )
 
     def _reason(self, ended: Ended) -> tuple[FinishReason, str | int | None]:
         if self._text.matched_stop is not None:
             return "stop_sequence", self._text.matched_stop
         if self._end_token is None:
             return msgspec.convert(ended.finish_reason, FinishReason), None
-        if self._end_token == self._service.tokenizer.eos_id and not self.plan.ignore_eos:
-            return "eos_token", None
-        return "stop_sequence", self._end_token
+        if self._end_token in self.plan.stop_token_ids:
+            return "stop_sequence", self._end_token
+        return "eos_token", None

@@ -1,17 +1,33 @@
 """GET /health and its probes, and GET /info: what is served, by what, within which limits."""
 
 import math
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from server import openapi
+from server.errors import Starting
+from server.messages import Ready
+from server.parameters import MAX_STOP_CHARS, Parameters
 from server.replies import EngineHealth, HealthReply, ModelHealth, QueueHealth, RowsHealth, encode
-from server.schemas import MAX_STOP_CHARS, Parameters
 from server.service import Service, package_version
 
+LIMITS = (
+    "max_waiting",
+    "max_waiting_tokens",
+    "max_body_bytes",
+    "max_behind",
+    "timeout_s",
+)  # settings that clients meet
+
 _EXAMPLE = HealthReply(
-    "ready", "", EngineHealth(4242, 0.3, 0.004), RowsHealth(3, 29), QueueHealth(0), ModelHealth("default", "0c6f1d2e")
+    "ready",
+    "",
+    EngineHealth(4242, 0.3, 0.004, 0),
+    RowsHealth(3, 29),
+    QueueHealth(0, 0),
+    ModelHealth("default", "0c6f1d2e"),
 )
 
 
@@ -39,6 +55,10 @@ def health_router(service: Service) -> APIRouter:
     async def info() -> dict[str, Any]:
         return _info(service)
 
+    @router.get("/model/spans", summary="How far each head of each layer looks back, in tokens")
+    async def spans() -> dict[str, Any]:
+        return _spans(service)
+
     return router
 
 
@@ -51,9 +71,10 @@ def _health(service: Service) -> HealthReply:
             pid=link.ready.pid if link.ready else None,
             heartbeat_age_s=_finite(link.heartbeat_age_s),
             last_step_age_s=_finite(link.last_step_age_s),
+            restarts=link.restarts,
         ),
         rows=RowsHealth(used=link.rows_used, free=num_rows - link.rows_used),
-        queue=QueueHealth(requests=link.num_waiting),
+        queue=QueueHealth(requests=link.num_waiting, tokens=link.tokens_waiting),
         model=ModelHealth(service.bundle.path.resolve().name, service.bundle.hash),
     )
 
@@ -79,23 +100,43 @@ def _info(service: Service) -> dict[str, Any]:
             "training": bundle.training,
             "card": bundle.card,
         },
-        "engine": None
-        if ready is None
-        else {
-            "backend": "torch",
-            "device": ready.device,
-            "dtype": ready.dtype,
-            "num_rows": ready.num_rows,
-            "state_bytes_per_row": ready.state_bytes_per_row,
-            "spans": ready.spans,
-        },
+        "engine": None if ready is None else _engine_facts(ready),
         "limits": {
-            "max_inputs": service.max_inputs,
-            "max_waiting": settings.max_waiting,
-            "max_body_bytes": settings.max_body_bytes,
+            "max_inputs": service.admission.max_sequences,
             "max_stop_chars": MAX_STOP_CHARS,
+            **{name: getattr(settings, name) for name in LIMITS},
         },
         "defaults": Parameters().model_dump(),
         "fingerprint": service.fingerprint,
         "version": package_version(),
+        "versions": {name: version(name) for name in ("torch", "fastapi", "uvicorn")},
+    }
+
+
+def _engine_facts(ready: Ready) -> dict[str, Any]:
+    return {
+        "backend": "torch",
+        "device": ready.device,
+        "dtype": ready.dtype,
+        "num_rows": ready.num_rows,
+        "state_bytes_per_row": ready.state_bytes_per_row,
+        "state_bytes": ready.num_rows * ready.state_bytes_per_row,
+        "batch_invariant": ready.batch_invariant,
+        "spans": ready.spans,
+    }
+
+
+def _spans(service: Service) -> dict[str, Any]:
+    """How far each head looks back, for a picture."""
+    config, ready = service.bundle.config, service.link.ready
+    if ready is None:
+        raise service.unavailable() or Starting("the model is being loaded")
+    return {
+        "max_span": config.max_span,
+        "span_ramp": config.span_ramp,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "num_persistent": config.num_persistent,
+        "spans": ready.spans,
+        "state_bytes_per_row": ready.state_bytes_per_row,
     }

@@ -1,96 +1,71 @@
-"""The API process's end of the line to the engine process: start it, talk to it, notice when it is gone.
+"""The API process's line to the engine: the streams of its sequences, and the supervision of its process.
 
 Whatever happens to the engine, every submitted sequence gets exactly one Ended. Knows no HTTP and no torch.
 """
 
 import asyncio
-import contextlib
+import logging
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import msgspec
-import zmq
-import zmq.asyncio
-
+from server.child import Child
 from server.config import Settings
 from server.messages import (
+    FROM_BUNDLE,
     Cancel,
-    Died,
-    Ended,
     EngineOptions,
     FromEngine,
     Generate,
-    Heartbeat,
     LinkState,
     Ready,
     Score,
     Scores,
     Step,
-    Timings,
-    ToEngine,
     Token,
 )
+from server.pipe import End
+from server.stream import Stream, untimed_ending
 
-HANG_S = 5.0  # silence of the engine, while work is pending, that counts as a hang
+__all__ = ["EngineLink", "Stream"]
+
 WATCH_S = 0.1
-LAST_WORDS_S = 1.0  # for messages of an engine that has ended in order
-EXIT_S = 5.0  # an engine that was told to end and has not by then is killed
-RUNNER = "server.runner:TorchRunner.from_bundle"
+EXIT_S = 1.5  # an engine that was told to end and has not by then is killed
+FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.1, 2.0
+RESTART_SLACK_S = 60.0  # a restart that takes so much longer than twice the first start counts as a hang
 
-
-class Stream:
-    """The messages of one sequence, in order; iteration ends after its Ended."""
-
-    def __init__(self) -> None:
-        self._messages: asyncio.Queue[Token | Scores | Ended] = asyncio.Queue()
-        self._over = False
-
-    def __aiter__(self) -> "Stream":
-        return self
-
-    async def __anext__(self) -> Token | Scores | Ended:
-        if self._over:
-            raise StopAsyncIteration
-        message = await self._messages.get()
-        self._over = isinstance(message, Ended)
-        return message
-
-    def put(self, message: Token | Scores | Ended) -> None:
-        """Hand on what the engine said."""
-        self._messages.put_nowait(message)
+log = logging.getLogger("server.link")
 
 
 class EngineLink:
-    """One engine process and the sequences that live in it."""
+    """At most one engine process at a time, and the sequences that live in it.
 
-    def __init__(self, settings: Settings, *, runner: str = RUNNER) -> None:
+    starting -> ready -> draining, when `close` is called; ready -> restarting -> ready, when the process dies or hangs;
+    failed, when the first start fails or the restarts of a while are used up.
+    """
+
+    def __init__(
+        self, settings: Settings, *, runner: str = FROM_BUNDLE, restart_slack_s: float = RESTART_SLACK_S
+    ) -> None:
         """runner: module:factory of the runner that the engine process shall build."""
         self.state: LinkState = "starting"
-        self.ready: Ready | None = None
-        self.failure = ""
-        self.num_waiting = 0
-        self.rows_used = 0
+        self.ready: Ready | None = None  # of the newest process that has been ready
+        self.failure = ""  # the last one
+        self.restarts = 0
+        self.num_waiting = self.tokens_waiting = self.rows_used = 0
         self.on_step: Callable[[Step], None] | None = None
         self._settings = settings
         self._runner = runner
         self._streams: dict[str, Stream] = {}
-        self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task[None] | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._child: Child | None = None  # the newest process
+        self._takes_work = False  # it is ready, and neither dead nor hung as far as we know
+        self._closing = False  # an end of the process is no failure any more
+        self._supervisor: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()  # ready, failed or closed
-        self._heard = self._stepped = time.monotonic()
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        self._folder = tempfile.TemporaryDirectory(prefix="allattn-")  # mode 0700
-        self._requests = f"ipc://{Path(self._folder.name) / 'requests'}"
-        self._steps = f"ipc://{Path(self._folder.name) / 'steps'}"
-        self._outbox: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
-        self._inbox: zmq.asyncio.Socket | None = None  # bound to the event loop of `start`
-        _listen(self._outbox, self._requests)
+        self._restarted: list[float] = []  # when, within the window
+        self._restart_slack_s = restart_slack_s
+        self._first_start_s = 0.0
+        self._begun = self._heard = self._stepped = time.monotonic()
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -103,167 +78,182 @@ class EngineLink:
         return time.monotonic() - self._stepped
 
     async def start(self) -> None:
-        """Start the engine process; returns once it is ready or has failed, see `state`."""
-        self._inbox = zmq.asyncio.Context.instance().socket(zmq.PULL)
-        _listen(self._inbox, self._steps)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "server.engine_process",
-            msgspec.json.encode(self._options()).decode(),
-            stdin=asyncio.subprocess.PIPE,  # never written to: its end tells the engine that this process is gone
-        )
-        self._reader = asyncio.create_task(self._read(self._inbox))
-        self._watcher = asyncio.create_task(self._watch())
-        self._reader.add_done_callback(self._reader_ended)
+        """Start the engine process, unless closed before; returns once it is ready or has failed, see `state`."""
+        if self._closing:
+            return
+        self._begun = time.monotonic()
+        self._supervisor = asyncio.create_task(self._supervise())
         await self._settled.wait()
 
-    def submit(self, message: Generate | Score) -> Stream:
-        """Start a sequence; its stream holds exactly one Ended, the last, whatever happens."""
-        assert message.id not in self._streams
-        stream = Stream()
-        if self.state in ("ready", "draining"):
-            self._streams[message.id] = stream
-            self._send(message)
+    def submit(self, message: Generate | Score) -> list[Stream]:
+        """Start sequences, one for each of the message's ids; a stream's last message is its one Ended, come what may.
+
+        While there is no engine that takes work they end at once with an error.
+        """
+        streams = {name: Stream(max_behind=self._settings.max_behind) for name in message.ids}
+        assert len(streams) == len(message.ids)
+        assert streams.keys().isdisjoint(self._streams)
+        if self._takes_work:
+            assert self._child is not None
+            self._streams.update(streams)
+            self._child.send(message)
         else:
-            stream.put(_ended(message.id, "error", self.failure or "the engine is not ready"))
-        return stream
+            for name, stream in streams.items():
+                stream.put(untimed_ending(name, "error", error=self.failure or "the engine is not ready"))
+        return list(streams.values())
 
     def cancel(self, sequence: str) -> None:
         """Free the row of a sequence; nothing happens where it has ended."""
         if sequence in self._streams:
-            self._send(Cancel(sequence))
+            assert self._child is not None
+            self._child.send(Cancel(sequence))
 
     async def close(self, grace_s: float) -> None:
-        """Let live sequences go on for `grace_s`, end the rest with "shutdown", end the process, leave no file."""
-        if self.state == "ready":
+        """Take nothing new, let live work end by itself for `grace_s`, end the rest with "shutdown", end the process.
+
+        The engine has as long again, but not longer than EXIT_S, to tell of those endings itself, with timings.
+        """
+        if self.state != "failed":
             self.state = "draining"
         deadline = time.monotonic() + grace_s
-        while self._streams and self.state == "draining" and time.monotonic() < deadline:
+        while self._streams and time.monotonic() < deadline:
             await asyncio.sleep(WATCH_S / 4)
-        await _cancel(self._watcher)  # from here on an end of the process is no failure
-        await self._end_process()
-        await _cancel(self._reader)
-        self._end_streams("shutdown", "")
-        self._outbox.close(linger=0)
-        if self._inbox is not None:
-            self._inbox.close(linger=0)
-        self._folder.cleanup()
+        self._closing = True
+        if self._supervisor is not None:
+            if self._takes_work and self._child is not None:
+                self._child.send(End())
+                await asyncio.wait([self._supervisor], timeout=min(EXIT_S, grace_s))
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+        self._end_streams("shutdown")
+        if self._child is not None:
+            await self._child.gone()
         self._settled.set()
+
+    async def _supervise(self) -> None:
+        """One engine process after the other, for as long as another try is worth it."""
+        while True:
+            await self._run_engine()
+            if self.state != "restarting":
+                break
+            await asyncio.sleep(min(FIRST_BACK_OFF_S * 2 ** (len(self._restarted) - 1), LONGEST_BACK_OFF_S))
+
+    async def _run_engine(self) -> None:
+        """One process, to its end."""
+        self._begun = time.monotonic()
+        try:
+            self._child = child = await Child.start(self._options(), hear=self._hear)
+        except Exception as error:  # the system has no room for it, most likely
+            self._fail(f"the engine process cannot be started: {type(error).__name__}: {error}")
+            return
+        try:
+            why = await self._watch(child)
+            self._takes_work = False
+            if not self._closing:
+                self._fail(why)
+        finally:
+            self._takes_work = False
+            child.kill()
+            await child.gone()
 
     def _options(self) -> EngineOptions:
         settings = self._settings
         return EngineOptions(
-            inbox=self._requests,
-            outbox=self._steps,
             bundle=os.fspath(settings.bundle),
             num_rows=settings.num_rows,
             dtype=settings.dtype,
             device=settings.device,
             num_threads=settings.num_threads,
+            batch_invariant=settings.batch_invariant,
             chunk_tokens=settings.chunk_tokens,
             budget_tokens=settings.budget_tokens,
+            prefill_ms=settings.prefill_ms,
             runner=self._runner,
         )
 
-    def _send(self, message: ToEngine) -> None:
-        with contextlib.suppress(zmq.Again):  # nobody is at the other end: the watch ends all streams
-            self._outbox.send(self._encoder.encode(message), zmq.NOBLOCK)
+    async def _watch(self, child: Child) -> str:
+        """Why the process is of no use any more: it is gone, silent though work is pending, or a restart hangs.
 
-    async def _read(self, inbox: zmq.asyncio.Socket) -> None:
+        Silence is counted in turns of this loop, not by the clock: where the loop itself was held up, messages only
+        wait to be read.
+        """
+        heard, silent_s = self._heard, 0.0
         while True:
-            message = self._decoder.decode(await inbox.recv())
-            self._heard = time.monotonic()
-            match message:
-                case Step():
-                    self._dispatch(message)
-                case Ready():
-                    self.ready, self.state = message, "ready"
-                    self._settled.set()
-                case Died(message=why):
-                    self._fail(why)
-                case Heartbeat():
-                    pass
+            await asyncio.wait([child.ended], timeout=WATCH_S)
+            if child.ended.done():
+                return child.ended.result()
+            counts = bool(self._streams) if self._takes_work else self.restarts > 0
+            silent_s = silent_s + WATCH_S if counts and self._heard == heard else 0.0
+            heard = self._heard
+            if self._takes_work and silent_s > self._settings.heartbeat_timeout_s:
+                return f"the engine process has been silent for {silent_s:.1f} s"
+            if not self._takes_work and silent_s > 2 * self._first_start_s + self._restart_slack_s:
+                return f"the engine process has not become ready within {silent_s:.0f} s"
+
+    def _hear(self, message: FromEngine) -> None:
+        self._heard = time.monotonic()
+        if isinstance(message, Step):
+            self._dispatch(message)
+        elif isinstance(message, Ready):
+            self._welcome(message)
 
     def _dispatch(self, step: Step) -> None:
+        """The hot path: hand on all that one step has to say."""
         self._stepped = self._heard
-        self.rows_used, self.num_waiting = step.rows_used, step.num_waiting
+        self.rows_used, self.num_waiting, self.tokens_waiting = step.rows_used, step.num_waiting, step.tokens_waiting
+        streams = self._streams
         said: Token | Scores
         for said in step.tokens + step.scores:
-            if stream := self._streams.get(said.sequence):
-                stream.put(said)
+            stream = streams.get(said.sequence)
+            if stream is not None and not stream.put(said):
+                self.cancel(said.sequence)
+                del streams[said.sequence]
         for ended in step.ended:
-            if stream := self._streams.pop(ended.sequence, None):
+            if stream := streams.pop(ended.sequence, None):
                 stream.put(ended)
         if self.on_step:
             self.on_step(step)
 
-    async def _watch(self) -> None:
-        """Fail when the process is gone, or silent though work is pending."""
-        assert self._process is not None
-        heard, silent_s = self._heard, 0.0
-        while self.state != "failed":
-            await asyncio.sleep(WATCH_S)
-            # In turns of this loop, not by the clock: where the loop itself was held up, messages only wait to be read.
-            silent_s = silent_s + WATCH_S if self._streams and self._heard == heard else 0.0
-            heard = self._heard
-            status = self._process.returncode
-            if status is not None:
-                self._fail(f"the engine process ended with status {status}")
-            elif silent_s > HANG_S:
-                self._fail(f"the engine process has been silent for {silent_s:.1f} s")
-
-    def _reader_ended(self, reader: asyncio.Task[None]) -> None:
-        if not reader.cancelled() and (error := reader.exception()):
-            self._fail(f"its messages cannot be read: {type(error).__name__}: {error}")
+    def _welcome(self, ready: Ready) -> None:
+        self._first_start_s = self._first_start_s or self._heard - self._begun
+        self._stepped = self._heard  # it says so after real steps
+        self.ready = ready
+        if self.state != "draining":
+            self.state, self._takes_work = "ready", True
+        self._settled.set()
+        facts = {
+            "pid": ready.pid,
+            "device": ready.device,
+            "dtype": ready.dtype,
+            "rows": ready.num_rows,
+            "state_bytes_per_row": ready.state_bytes_per_row,
+            "state_bytes": ready.state_bytes_per_row * ready.num_rows,
+            "batch_invariant": ready.batch_invariant,
+            "warm_up_s": round(ready.warm_up_s, 3),
+            "restarts": self.restarts,
+        }
+        log.info("engine ready", extra={"fields": facts})
 
     def _fail(self, why: str) -> None:
+        """End what the process leaves, and decide what comes next. A draining link tries nothing new."""
+        now = time.monotonic()
+        self._restarted = [moment for moment in self._restarted if now - moment < self._settings.restart_window_s]
+        self.failure = why
+        if self.state != "draining":
+            if self.ready is None or len(self._restarted) >= self._settings.max_restarts:
+                self.state = "failed"
+            else:
+                self.state = "restarting"
+                self.restarts += 1
+                self._restarted.append(now)
+        facts = {"why": why, "sequences": len(self._streams), "state": self.state, "restarts": self.restarts}
+        log.warning("engine failed", extra={"fields": facts})
+        self._end_streams("error", error=why)
         if self.state == "failed":
-            return
-        self.state, self.failure = "failed", why
-        self._kill()
-        self._end_streams("error", why)
-        self._settled.set()
+            self._settled.set()
 
-    def _end_streams(self, finish_reason: str, error: str) -> None:
-        for name, stream in self._streams.items():
-            stream.put(_ended(name, finish_reason, error))
-        self._streams.clear()
-
-    async def _end_process(self) -> None:
-        """Ask, wait, kill; what the engine says at its end still reaches the streams."""
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        if self.ready is None:
-            self._kill()
-        else:
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), EXIT_S)
-        except TimeoutError:
-            self._kill()
-            await process.wait()
-        deadline = time.monotonic() + LAST_WORDS_S
-        while self._streams and time.monotonic() < deadline:
-            await asyncio.sleep(WATCH_S / 10)
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-
-
-async def _cancel(task: asyncio.Task[None] | None) -> None:
-    if task is not None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-def _ended(sequence: str, finish_reason: str, error: str) -> Ended:
-    return Ended(sequence, finish_reason, Timings(0.0, 0.0, 0.0), error)
-
-
-def _listen(socket: zmq.Socket[bytes] | zmq.asyncio.Socket, address: str) -> None:
-    socket.set_hwm(0)  # admission bounds what is in flight
-    socket.bind(address)
+    def _end_streams(self, finish_reason: str, *, error: str = "") -> None:
+        streams, self._streams = self._streams, {}
+        for name, stream in streams.items():
+            stream.put(untimed_ending(name, finish_reason, error=error))
+        self.rows_used = self.num_waiting = self.tokens_waiting = 0

@@ -1,29 +1,53 @@
 """What the server counts, for Prometheus. Names and meanings are vLLM's where it has them. Knows no request."""
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 from prometheus_fastapi_instrumentator import Instrumentator
 
-from server.messages import Step
+from server.messages import LinkState, Step
 
 # A token takes well under a millisecond on a GPU, a long document minutes on a CPU.
 TIME_BUCKETS = tuple(scale * base for scale in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10) for base in (5, 10, 25))
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+class EngineState(Protocol):
+    """What is read off the link whenever the metrics are."""
+
+    @property
+    def state(self) -> LinkState: ...  # noqa: D102
+    @property
+    def restarts(self) -> int: ...  # noqa: D102
+    @property
+    def rows_used(self) -> int: ...  # noqa: D102
+    @property
+    def num_waiting(self) -> int: ...  # noqa: D102
+    @property
+    def tokens_waiting(self) -> int: ...  # noqa: D102
+
+
 class Metrics:
     """All of them, in a registry of their own."""
 
-    def __init__(self, *, rows_used: Callable[[], int], num_waiting: Callable[[], int]) -> None:
-        """The two functions are read whenever the metrics are."""
+    def __init__(self, engine: EngineState) -> None:
         self._registry = CollectorRegistry()
-        self._gauge("num_requests_running", "Sequences that hold a row.", rows_used)
-        self._gauge("rows_used", "Rows of the batch in use.", rows_used)
-        self._gauge("num_requests_waiting", "Sequences that wait for a row.", num_waiting)
+        self._gauge("num_requests_running", "Sequences that hold a row.", lambda: engine.rows_used)
+        self._gauge("rows_used", "Rows of the batch in use.", lambda: engine.rows_used)
+        self._gauge("num_requests_waiting", "Sequences that wait for a row.", lambda: engine.num_waiting)
+        self._gauge("num_tokens_waiting", "Prompt tokens that wait to be read.", lambda: engine.tokens_waiting)
+        self._gauge("engine_ready", "1 while work is taken.", lambda: int(engine.state == "ready"))
+        self._gauge("engine_restarts", "Engine processes that were replaced.", lambda: engine.restarts)
         self._first_token = self._time("time_to_first_token_seconds", "From admission to the first token.")
-        self._token_gap = self._time("inter_token_latency_seconds", "Between two tokens of a sequence.")
+        self._token_gap = TokenHistogram(
+            "allattn_inter_token_latency_seconds", "Between two tokens of a sequence.", bounds=TIME_BUCKETS
+        )
+        self._registry.register(self._token_gap)
         self._queue_time = self._time("request_queue_time_seconds", "Waiting for a row.")
         self._latency = self._time("e2e_request_latency_seconds", "From admission to the ending.")
         self._step = self._time("step_duration_seconds", "One step of the engine.", "phase")
@@ -55,10 +79,10 @@ class Metrics:
         self._first_token.observe(seconds)
         self._new_tokens.inc()
 
-    def observe_next_token(self, seconds: float) -> None:
-        """Since the token before."""
-        self._token_gap.observe(seconds)
-        self._new_tokens.inc()
+    def observe_next_tokens(self, seconds: float, num_tokens: int) -> None:
+        """So many tokens of one sequence have come at once, `seconds` after those before."""
+        self._token_gap.observe(seconds / num_tokens, num_tokens)
+        self._new_tokens.inc(num_tokens)
 
     def count_finished(
         self, finish_reason: str, *, seconds: float, queue_s: float, prompt_tokens: int = 0, scored_tokens: int = 0
@@ -86,3 +110,25 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"allattn_{name}", text, labels, registry=self._registry)
+
+
+class TokenHistogram(Collector):
+    """A histogram that costs a fraction of a microsecond a token, for the one event that happens for every token."""
+
+    def __init__(self, name: str, text: str, *, bounds: Sequence[float]) -> None:
+        self._name, self._text, self._bounds = name, text, bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int) -> None:
+        """Add `count` events of one value."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """What Prometheus reads."""
+        buckets, total = [], 0
+        for bound, number in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
+            total += number
+            buckets.append((bound, float(total)))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)

@@ -1,9 +1,18 @@
-"""How endpoints are described in /openapi.json: bodies, replies and errors, each with an example. Knows no endpoint."""
+"""How endpoints are described in /openapi.json: bodies, replies and errors, each with an example; and the page /docs.
 
+Knows no endpoint.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
 from pydantic.json_schema import models_json_schema
 
 from server.errors import (
@@ -15,15 +24,18 @@ from server.errors import (
     InvalidField,
     MalformedRequest,
     QueueFull,
+    RequestTimeout,
     ServerError,
     Starting,
+    Unauthorized,
     error_reply,
     retry_headers,
 )
-from server.replies import GenerateEvent, GenerateReply, HealthReply, ScoreReply
-from server.schemas import GenerateRequest, RequestBody, ScoreRequest
+from server.schemas import RequestBody
 
 REF = "#/components/schemas/"
+
+SWAGGER = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/"
 
 UNAVAILABLE = (
     Starting("the model is being loaded"),
@@ -32,6 +44,7 @@ UNAVAILABLE = (
 )
 ENDPOINT_ERRORS = (
     MalformedRequest("the body is not JSON: expected value at line 1 column 1"),
+    RequestTimeout("there was no answer within the 2.5 s of timeout_s"),
     BodyTooLarge("the body is larger than 33554432 bytes"),
     InvalidField.of("parameters.temperature", value=3, allowed="it should be at least 0 and at most 2"),
     QueueFull("288 sequences are running or waiting and 1 more were asked for; the limit is 288"),
@@ -78,28 +91,78 @@ def errors(*examples: ServerError) -> dict[int | str, dict[str, Any]]:
     return responses
 
 
-def install(app: FastAPI) -> None:
-    """Add the schemas that `body`, `ok` and `errors` refer to."""
+def install(app: FastAPI, *, requests: Sequence[type[RequestBody]], replies: Sequence[type[msgspec.Struct]]) -> None:
+    """Add the schemas that `body`, `ok` and `errors` refer to, and the page /docs."""
+    components = _components(requests, replies)
+
+    def add_components(schema: dict[str, Any]) -> None:
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+
+    _amend(app, add_components)
+    html, policy = _docs_page(app)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(html, headers={"Content-Security-Policy": policy})
+
+
+def require_bearer(app: FastAPI, *, open_paths: Collection[str]) -> None:
+    """Say that all but `open_paths` want an API key, and what the answer is without one."""
+    refusal = errors(Unauthorized("send an API key, as Authorization: Bearer KEY"))[401]
+
+    def add_scheme(schema: dict[str, Any]) -> None:
+        schema["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"bearer": []}]
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                if path in open_paths:
+                    operation["security"] = []
+                else:
+                    operation["responses"]["401"] = refusal
+
+    _amend(app, add_scheme)
+
+
+def _amend(app: FastAPI, change: Callable[[dict[str, Any]], None]) -> None:
+    """Have `change` done once, to the finished document."""
     plain = app.openapi
+    amended: list[dict[str, Any]] = []
 
-    def with_components() -> dict[str, Any]:
-        if app.openapi_schema is None:
+    def openapi() -> dict[str, Any]:
+        if not amended:
             schema = plain()
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(_components())
-        assert app.openapi_schema is not None
-        return app.openapi_schema
+            change(schema)
+            amended.append(schema)
+        return amended[0]
 
-    app.openapi = with_components  # type: ignore[method-assign]
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _docs_page(app: FastAPI) -> tuple[str, str]:
+    """Swagger's page, and the policy that lets it load Swagger, run its one inline script and do nothing else."""
+    page = get_swagger_ui_html(
+        openapi_url="openapi.json",  # relative: it holds behind a proxy's prefix too
+        title=app.title,
+        swagger_js_url=SWAGGER + "swagger-ui-bundle.js",
+        swagger_css_url=SWAGGER + "swagger-ui.css",
+        swagger_favicon_url="data:,",
+    )
+    html = bytes(page.body).decode()
+    scripts = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    policy = (
+        f"default-src 'none'; connect-src 'self'; img-src data:; script-src {SWAGGER} {allowed}; "
+        f"style-src {SWAGGER} 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html, policy
 
 
 def _ref(reply: type[msgspec.Struct]) -> dict[str, str]:
     return {"$ref": REF + reply.__name__}
 
 
-def _components() -> dict[str, Any]:
-    replies = (GenerateReply, GenerateEvent, ScoreReply, HealthReply, ErrorReply)
-    _, structs = msgspec.json.schema_components(replies, ref_template=REF + "{name}")
-    _, models = models_json_schema(
-        [(model, "validation") for model in (GenerateRequest, ScoreRequest)], ref_template=REF + "{model}"
-    )
-    return {**structs, **models["$defs"]}
+def _components(requests: Sequence[type[RequestBody]], replies: Sequence[type[msgspec.Struct]]) -> dict[str, Any]:
+    _, structs = msgspec.json.schema_components([*replies, ErrorReply], ref_template=REF + "{name}")
+    _, models = models_json_schema([(model, "validation") for model in requests], ref_template=REF + "{model}")
+    return {**structs, **models.get("$defs", {})}

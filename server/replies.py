@@ -6,18 +6,30 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from server.messages import Timings
+from server.messages import LinkState, Timings
 
 FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled", "timeout", "shutdown"]
 
 
-class TokenInfo(Struct, frozen=True):
-    """One generated token. `text` is what became certain with it, so the texts joined are the output."""
+class TokenInfo(Struct, frozen=True, gc=False):
+    """One token of the output. `text` is what became certain with it, so the texts joined are the output.
+
+    In `top_tokens` it is a token that could have stood there, and `text` is that of its own bytes: part of a character
+    is U+FFFD.
+    """
 
     id: int
     text: str
-    logprob: float  # nats, under the model's own distribution
+    logprob: float | None  # nats, under the model's own distribution; null where `logprobs` is false
     special: bool
+
+
+class PromptToken(Struct, frozen=True, gc=False):
+    """One token of the prompt. The texts joined are the prompt."""
+
+    id: int
+    text: str
+    logprob: float | None  # null for the first, and where the sequence ended before it was read
 
 
 class Details(Struct, frozen=True):
@@ -26,58 +38,35 @@ class Details(Struct, frozen=True):
     finish_reason: FinishReason
     generated_tokens: int
     prompt_tokens: int
-    seed: int
+    seed: int  # gives this sequence again, alone
     matched_stop: str | int | None  # the stop string, or the id of stop_token_ids
     logprob_sum: float
     timings: Timings
     fingerprint: str
+    prefill: list[PromptToken] | UnsetType = UNSET  # empty in plain replies, absent in streams, if not asked for
     tokens: list[TokenInfo] | UnsetType = UNSET  # plain replies only
+    top_tokens: list[list[TokenInfo]] | UnsetType = UNSET  # for each token, best first; plain replies, if asked for
 
 
-class GenerateEvent(Struct, frozen=True):
+class GenerateEvent(Struct, frozen=True, gc=False):
     """One event of a stream. The last one of a sequence has `generated_text` and `details`.
 
-    `token` is null only there, and only where the sequence ended between two tokens (cancelled, shutdown).
+    `token` is null only there, and only where the sequence ended between two tokens (cancelled, timeout, shutdown).
     """
 
     index: int  # from 1
     token: TokenInfo | None
     generated_text: str | None = None
     details: Details | None = None
-    sequence: int | UnsetType = UNSET  # which input of a list, from 0
+    sequence: int | UnsetType = UNSET  # which entry of the plain reply's array, from 0
+    top_tokens: list[TokenInfo] | UnsetType = UNSET  # best first; if asked for
 
 
 class GenerateReply(Struct, frozen=True):
-    """The plain reply to one input."""
+    """The plain reply to one input, or one of its entries where several are asked for."""
 
     generated_text: str
     details: Details | UnsetType = UNSET
-
-
-class ScoredToken(Struct, frozen=True):
-    """One token of a scored text. Null where nothing came before it. Rank 0 is the model's first choice."""
-
-    id: int
-    text: str
-    logprob: float | None
-    rank: int | None
-
-
-class ScoreReply(Struct, frozen=True):
-    """The figures of one input over its scored tokens; null where nothing was scored (or infinite)."""
-
-    num_tokens: int
-    num_bytes: int
-    num_chars: int
-    num_words: int
-    logprob: float  # nats, sum
-    perplexity: float | None
-    word_perplexity: float | None
-    bits_per_token: float | None
-    bits_per_byte: float | None
-    bits_per_char: float | None
-    is_greedy: bool
-    tokens: list[ScoredToken] | UnsetType = UNSET
 
 
 class EngineHealth(Struct, frozen=True):
@@ -86,6 +75,7 @@ class EngineHealth(Struct, frozen=True):
     pid: int | None
     heartbeat_age_s: float | None
     last_step_age_s: float | None
+    restarts: int  # since the server started
 
 
 class RowsHealth(Struct, frozen=True):
@@ -98,7 +88,8 @@ class RowsHealth(Struct, frozen=True):
 class QueueHealth(Struct, frozen=True):
     """What waits for a row."""
 
-    requests: int
+    requests: int  # sequences
+    tokens: int  # prompt tokens that are still to be read
 
 
 class ModelHealth(Struct, frozen=True):
@@ -111,7 +102,7 @@ class ModelHealth(Struct, frozen=True):
 class HealthReply(Struct, frozen=True):
     """GET /health."""
 
-    state: Literal["starting", "ready", "draining", "failed"]
+    state: LinkState
     failure: str
     engine: EngineHealth
     rows: RowsHealth
@@ -119,6 +110,14 @@ class HealthReply(Struct, frozen=True):
     model: ModelHealth
 
 
+_ENCODER = msgspec.json.Encoder()
+
+
+def frame(event: Struct) -> bytes:
+    """A server-sent event: JSON in one data line."""
+    return b"data: " + _ENCODER.encode(event) + b"\n\n"
+
+
 def encode(reply: Struct | Sequence[Struct]) -> bytes:
     """JSON. Infinities and NaN become null."""
-    return msgspec.json.encode(reply)
+    return _ENCODER.encode(reply)

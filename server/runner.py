@@ -11,25 +11,38 @@ from torch import Tensor
 from model.baked import BakedLM, bake
 from model.bundle import open_bundle
 from model.network import AllAttentionLM
-from model.sampling import Draws, draw, target_logprobs
+from model.penalties import History
+from model.sampling import Draws, draw, score_targets
 from server.messages import Sampling
-from server.sequence import Chunk, ChunkResult, Draw
+from server.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The matrix products of a CPU sum in another order below 4 rows than at 4 and more (MKL and oneDNN, fp32: from 4 to 128
+# rows all were equal bit for bit). Never computing fewer makes a request's numbers independent of its neighbours.
+INVARIANT_ROWS = 4
 
 
 class TorchRunner:
     """Runs a baked model eagerly. Rows are lanes of one `RingCache`; decoding touches rows 0 .. the highest in use."""
 
-    def __init__(self, model: BakedLM, *, num_rows: int) -> None:
+    def __init__(self, model: BakedLM, *, num_rows: int, batch_invariant: bool = True) -> None:
         self.num_rows = num_rows
         self.model = model
-        self.cache = model.allocate(num_rows)
+        self._min_rows = INVARIANT_ROWS if batch_invariant else 1
+        self.cache = model.allocate(max(num_rows, self._min_rows))
+        self.history = History(max(num_rows, self._min_rows), model.config.vocab_size, device=model.device)
         self._prepared: tuple[list[Sampling], Draws] | None = None
 
     @classmethod
     def from_bundle(
-        cls, path: Path, *, num_rows: int, dtype: str = "float32", device: str = "auto", num_threads: int | None = None
+        cls,
+        path: Path,
+        *,
+        num_rows: int,
+        dtype: str = "float32",
+        device: str = "auto",
+        num_threads: int | None = None,
+        batch_invariant: bool = True,
     ) -> Self:
         """Load a bundle.
 
@@ -37,6 +50,7 @@ class TorchRunner:
             dtype: float32 or bfloat16, of weights and rings.
             device: auto, cpu or cuda; auto takes a GPU where there is one.
             num_threads: CPU threads; None = as many as cores.
+            batch_invariant: see INVARIANT_ROWS.
 
         Raises:
             BundleError: the bundle is not whole.
@@ -51,7 +65,8 @@ class TorchRunner:
         bundle = open_bundle(path)
         network = AllAttentionLM(bundle.config)
         network.load_state_dict({name: torch.from_numpy(array) for name, array in bundle.tensors().items()})
-        return cls(bake(network, dtype=DTYPES[dtype]).to(device), num_rows=num_rows)
+        model = bake(network, dtype=DTYPES[dtype]).to(device)
+        return cls(model, num_rows=num_rows, batch_invariant=batch_invariant)
 
     @property
     def device(self) -> str:
@@ -66,7 +81,7 @@ class TorchRunner:
     @property
     def state_bytes_per_row(self) -> int:
         """Bytes a live stream costs, whatever its length."""
-        return self.cache.bytes_per_row
+        return self.cache.bytes_per_row + self.history.bytes_per_row
 
     @property
     def spans(self) -> tuple[tuple[int, ...], ...]:
@@ -76,84 +91,184 @@ class TorchRunner:
     def reset(self, row: int) -> None:
         """Begin a fresh stream in a row."""
         self.cache.reset(row)
+        self.history.reset(row)
 
     def move(self, source: int, target: int) -> None:
         """Copy a row's whole state over another row's."""
         self.cache.move(source, target)
+        self.history.move(source, target)
+
+    def snapshot(self, row: int) -> object:
+        """A copy of a row's whole state."""
+        return self.cache.snapshot(row), self.history.snapshot(row)
+
+    def restore(self, row: int, snapshot: object) -> None:
+        """Begin a stream in a row from the state that another one had."""
+        assert isinstance(snapshot, tuple)
+        rings, history = snapshot
+        self.cache.restore(row, rings)
+        self.history.restore(row, history)
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Compute one step and forget it; raises where the device does not work any more."""
+        hidden, _ = self.model.decode(torch.zeros(1, dtype=torch.int64, device=self.model.device), self.cache)
+        self.model.logits(hidden).cpu()
+
+    @torch.inference_mode()
+    def warm_up(self, chunk_tokens: int) -> bool:
+        """Run every shape once; whether a full batch gave row 0, bit for bit, what it got alone.
+
+        Nothing is committed, so every row stays as it was.
+        """
+        sampling = Sampling(temperature=1.0, seed=1)
+        decoded, read = [], []
+        for count in range(1, self.num_rows + 1):
+            hidden, _ = self._step(range(count), [1] * count)
+            logits = self.model.logits(hidden)
+            self._draw(logits, Draws([sampling] * count, device=self.model.device), [Draw(sampling, 1, 1)] * count)
+            decoded.append(logits[0])
+        for num_new in sorted({_padded(size) for size in range(1, chunk_tokens + 1)}):
+            for count in {1, self.num_rows}:
+                chunks = [Chunk(row, np.ones(num_new, dtype=np.int32)) for row in range(count)]
+                hidden, _, _ = self._stretch(chunks, num_new=num_new)
+                read.append((num_new, self.model.logits(hidden[0])))
+        alone = dict(reversed(read))
+        same = all(torch.equal(logits, alone[num_new]) for num_new, logits in read)
+        return same and all(torch.equal(logits, decoded[0]) for logits in decoded)
 
     @torch.inference_mode()
     def extend(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
-        """Read stretches of prompts and documents, one a row; draw or score where a chunk asks for it."""
-        rows = [chunk.row for chunk in chunks]
-        counts = [len(chunk.tokens) for chunk in chunks]
-        tokens = np.zeros((len(chunks), max(counts)), dtype=np.int64)
-        for line, chunk in zip(tokens, chunks, strict=True):
-            line[: len(chunk.tokens)] = chunk.tokens
-        hidden, new = self.model.extend(self._to_device(tokens), self.cache, rows)
-        self.cache.commit(rows, new, counts)
-        drawn = self._draw_ends(chunks, hidden)
-        return [
-            self._score(chunk, hidden[i, : counts[i]]) if chunk.targets is not None else drawn.get(i, ChunkResult())
-            for i, chunk in enumerate(chunks)
-        ]
+        """Read stretches of prompts and documents, one a row; draw or score where a chunk asks for it.
+
+        Chunks that are padded to one length are read together. The length depends on the chunk alone, and so do the
+        numbers that come out.
+        """
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for i, chunk in enumerate(chunks):
+            alike.setdefault((_padded(len(chunk.tokens)), chunk.extras.memory_share), []).append(i)
+        results: dict[int, ChunkResult] = {}
+        commits = []
+        for (num_new, _), indices in alike.items():
+            some = [chunks[i] for i in indices]
+            hidden, new, shares = self._stretch(some, num_new=num_new)
+            commits.append(([chunk.row for chunk in some], new, [len(chunk.tokens) for chunk in some]))
+            drawn = self._draw_ends(some, hidden)
+            for place, i in enumerate(indices):
+                scores = self._score(some[place], hidden[place], None if shares is None else shares[place])
+                results[i] = ChunkResult(drawn[place], scores)
+        for rows, new, counts in commits:  # not before everything has worked
+            self.cache.commit(rows, new, counts)
+        return [results[i] for i in range(len(chunks))]
 
     @torch.inference_mode()
-    def decode(
-        self, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]
-    ) -> tuple[list[int], list[float]]:
-        """One step of the rows that generate: feed each its last token, draw the next.
-
-        Returns:
-            tokens and their log-probabilities, in the order of `rows`.
-        """
-        width = max(rows) + 1
-        fed = np.zeros(width, dtype=np.int64)
-        fed[list(rows)] = tokens
-        num_new = np.zeros(width, dtype=np.int64)
-        num_new[list(rows)] = 1
-        hidden, new = self.model.decode(self._to_device(fed), self.cache)
-        self.cache.commit(range(width), new, num_new.tolist())
-        if list(rows) != list(range(width)):
-            hidden = hidden[list(rows)]
-        drawn, logprobs = self._draw(hidden, draws)
-        return drawn.tolist(), logprobs.tolist()
-
-    def _draw(self, hidden: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    def decode(self, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]) -> list[Drawn]:
+        """One step of the rows that generate: feed each its last token, draw the next, in the order of `rows`."""
+        hidden, new = self._step(rows, tokens)
+        logits = self.model.logits(hidden)
+        if list(rows) != list(range(len(hidden))):
+            logits = logits[list(rows)]
         samplings = [one.sampling for one in draws]
         if self._prepared is None or not _same(self._prepared[0], samplings):
-            self._prepared = samplings, self._prepare(samplings)
-        return draw(self.model.logits(hidden), self._prepared[1], [one.position for one in draws])
+            self._prepared = samplings, Draws(samplings, device=self.model.device)
+        drawn = self._draw_fed(logits, self._prepared[1], draws, rows, tokens)
+        num_new = np.zeros(len(hidden), dtype=np.int64)
+        num_new[list(rows)] = 1
+        self.cache.commit(range(len(hidden)), new, num_new.tolist())
+        return drawn
 
-    def _prepare(self, samplings: Sequence[Sampling]) -> Draws:
-        return Draws(
-            temperatures=[one.temperature for one in samplings],
-            top_ks=[one.top_k for one in samplings],
-            top_ps=[one.top_p for one in samplings],
-            min_ps=[one.min_p for one in samplings],
-            seeds=[one.seed for one in samplings],
-            device=self.model.device,
+    def _step(self, rows: Sequence[int], tokens: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states [B, E] and new keys and values of rows 0 .. the highest; the idle ones are fed anything."""
+        fed = np.zeros(max(max(rows) + 1, self._min_rows), dtype=np.int64)
+        fed[list(rows)] = tokens
+        return self.model.decode(self._to_device(fed), self.cache)
+
+    def _stretch(self, chunks: Sequence[Chunk], *, num_new: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Hidden states [B, T, E], new keys and values, and shares of attention on persistent vectors if asked for."""
+        rows = [chunk.row for chunk in chunks]
+        tokens = np.zeros((len(chunks), num_new), dtype=np.int64)
+        for line, chunk in zip(tokens, chunks, strict=True):
+            line[: len(chunk.tokens)] = chunk.tokens
+        if chunks[0].extras.memory_share:
+            return self.model.extend_with_memory_share(self._to_device(tokens), self.cache, rows)
+        return *self.model.extend(self._to_device(tokens), self.cache, rows), None
+
+    def _draw_fed(
+        self, logits: Tensor, prepared: Draws, draws: Sequence[Draw], rows: Sequence[int], fed: Sequence[int]
+    ) -> list[Drawn]:
+        """Draw in rows whose last token, just `fed`, counts for penalties; not so if drawing fails."""
+        if not prepared.penalised:
+            return self._draw(logits, prepared, draws)
+        places, tokens = self._to_device(np.array(rows, dtype=np.int64)), self._to_device(np.array(fed, dtype=np.int64))
+        self.history.feed(places, tokens)
+        try:
+            return self._draw(logits, prepared, draws, rows)
+        except Exception:
+            self.history.unfeed(places, tokens)
+            raise
+
+    def _draw(self, logits: Tensor, prepared: Draws, draws: Sequence[Draw], rows: Sequence[int] = ()) -> list[Drawn]:
+        """One object for each line of the logits [B, V]; the only place where the host waits for the device."""
+        batch = draw(
+            logits,
+            prepared,
+            positions=[one.position for one in draws],
+            num_generated=[one.num_generated for one in draws],
+            history=self.history,
+            rows=rows,
         )
+        tokens, logprobs = batch.tokens.tolist(), batch.logprobs.tolist()
+        if batch.top_ids is None or batch.top_logprobs is None:
+            return list(map(Drawn, tokens, logprobs))
+        lines = zip(batch.top_ids.tolist(), batch.top_logprobs.tolist(), draws, strict=True)
+        tops = [tuple(zip(ids, values, strict=True))[: one.sampling.num_top] for ids, values, one in lines]
+        return list(map(Drawn, tokens, logprobs, tops))
 
-    def _draw_ends(self, chunks: Sequence[Chunk], hidden: Tensor) -> dict[int, ChunkResult]:
-        """The first tokens of the sequences whose prompts end with these chunks, by index of the chunk."""
-        ends = [(i, chunk.draw) for i, chunk in enumerate(chunks) if chunk.draw is not None]
+    def _draw_ends(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[tuple[Drawn, ...]]:
+        """For each chunk, what is drawn after its last token; nothing where its prompt goes on."""
+        for chunk in chunks:
+            if chunk.penalised:  # marking twice does no harm
+                self.history.read(chunk.row, self._to_device(chunk.tokens.astype(np.int64)))
+        ends = [(i, len(chunk.tokens) - 1) for i, chunk in enumerate(chunks) for _ in chunk.draws]
         if not ends:
-            return {}
-        last = torch.stack([hidden[i, len(chunks[i].tokens) - 1] for i, _ in ends])
-        logits = self.model.logits(last)
-        draws = [one for _, one in ends]
-        tokens, logprobs = draw(logits, self._prepare([one.sampling for one in draws]), [one.position for one in draws])
-        results = zip(ends, tokens.tolist(), logprobs.tolist(), strict=True)
-        return {i: ChunkResult(token=token, logprob=logprob) for (i, _), token, logprob in results}
+            return [()] * len(chunks)
+        padding = [ends[0]] * (self._min_rows - len(ends))
+        last = torch.stack([hidden[place] for place in ends + padding])
+        logits = self.model.logits(last)[: len(ends)]
+        draws = [one for chunk in chunks for one in chunk.draws]
+        rows = [chunk.row for chunk in chunks for _ in chunk.draws]
+        prepared = Draws([one.sampling for one in draws], device=self.model.device)
+        drawn = iter(self._draw(logits, prepared, draws, rows))
+        return [tuple(next(drawn) for _ in chunk.draws) for chunk in chunks]
 
-    def _score(self, chunk: Chunk, hidden: Tensor) -> ChunkResult:
-        assert chunk.targets is not None
+    def _score(self, chunk: Chunk, hidden: Tensor, shares: Tensor | None) -> ChunkScores | None:
+        """Figures of the targets of a chunk from its hidden states [T, E] and shares [T, layers]."""
+        if chunk.targets is None:
+            return None
+        count = len(chunk.targets)
+        logits = self.model.logits(hidden)[:count]
         targets = self._to_device(chunk.targets.astype(np.int64))
-        logprobs, ranks = target_logprobs(self.model.logits(hidden), targets)
-        return ChunkResult(logprobs=logprobs.cpu().numpy(), ranks=ranks.cpu().numpy())
+        found = score_targets(logits, targets, num_top=chunk.extras.num_top, entropy=chunk.extras.entropy)
+        return ChunkScores(
+            logprobs=found.logprobs.cpu().numpy(),
+            ranks=found.ranks.cpu().numpy(),
+            top_ids=_numpy(found.top_ids),
+            top_logprobs=_numpy(found.top_logprobs),
+            entropies=_numpy(found.entropies),
+            memory_shares=None if shares is None else _numpy(shares[:count]),
+        )
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.model.device)
+
+
+def _padded(num_tokens: int) -> int:
+    """The length a chunk is computed at: few shapes to warm up, and all that batch invariance needs."""
+    return next((size for size in (4, 8) if num_tokens <= size), -(-num_tokens // 16) * 16)
+
+
+def _numpy(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.cpu().numpy()
 
 
 def _same(left: Sequence[Sampling], right: Sequence[Sampling]) -> bool:

@@ -1,151 +1,153 @@
-"""POST /score: the log-probability of documents of any length, in one pass each, and what it means in every unit."""
+"""POST /score: the log-probability of texts of any length, in one pass each, and what it means in every unit."""
 
-import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 from numpy.typing import NDArray
 
-from model import scoring
-from model.tokenizer import StreamingDecoder, Tokenizer
-from server import openapi
-from server.connection import beside_the_loop, read_body, while_connected
-from server.errors import Draining
-from server.messages import Ended, Score, Scores
-from server.prompts import check_id, is_list_of_inputs, num_inputs, read_prompt, read_prompts
-from server.replies import ScoredToken, ScoreReply, encode
-from server.schemas import ScoreRequest, parse
-from server.service import LiveSequence, Service
-
-_EXAMPLE = ScoreReply(2, 2, 2, 1, -3.0, 4.48, 20.09, 2.164, 2.164, 2.164, is_greedy=False)
-_DOCS: dict[str, Any] = {
-    "openapi_extra": openapi.body(ScoreRequest, example={"inputs": "It was a dark night.", "return": ["tokens"]}),
-    "responses": {200: openapi.ok(ScoreReply, example=_EXAMPLE), **openapi.errors(*openapi.ENDPOINT_ERRORS)},
-}
+from model.tokenizer import Tokenizer
+from server.connection import EventStream, beside_the_loop, read_body, while_connected
+from server.errors import InvalidField
+from server.prompts import check_id, is_list_of_inputs, read_prompt, read_prompts
+from server.schemas import parse
+from server.score_docs import DOCS
+from server.score_schema import ScoreRequest
+from server.scoring import Document, Scoring, ScoringPlan
+from server.service import Service
 
 
 def score_router(service: Service) -> APIRouter:
     """The endpoint that scores texts."""
     router = APIRouter(tags=["score"])
 
-    @router.post("/score", summary="Perplexity of texts of any length", **_DOCS)
+    @router.post("/score", summary="Perplexity of texts of any length, plainly or as a stream", **DOCS)
     async def score(request: Request) -> Response:
         return await _answer(request, service=service)
 
     return router
 
 
+@dataclass(frozen=True)
+class _Started:
+    """What is left of a request once its body was turned into live sequences: not the body, which may be large."""
+
+    scorings: list[Scoring]
+    group_sizes: list[int]  # texts of each document
+    depth: int  # of the answer's arrays
+    stream: bool
+
+
 async def _answer(request: Request, *, service: Service) -> Response:
-    raw = await read_body(request, max_bytes=service.settings.max_body_bytes)
-    body = await beside_the_loop(lambda: parse(raw, model=ScoreRequest), size=len(raw))
-    service.check_admission(num_inputs(body.inputs))  # before the work of tokenising
-    documents = await beside_the_loop(lambda: _documents(body, service=service), size=len(raw))
-    live = service.submit([one.message(service.new_id()) for one in documents])
-    request.state.summary = lambda: {
-        "sequences": len(documents),
-        "scored_tokens": sum(one.num_scored for one in documents),
-        "finish_reasons": ["unfinished" if one.ended is None else one.ended.finish_reason for one in live],
-    }
-    want_tokens = "tokens" in body.return_
-    jobs = [
-        _score(document, live=one, service=service, want_tokens=want_tokens)
-        for document, one in zip(documents, live, strict=True)
-    ]
-    replies = await while_connected(request.receive, jobs)
-    answer = encode(replies if is_list_of_inputs(body.inputs) else replies[0])
+    started = await _start(request, service=service)
+    scorings = started.scorings
+    request.state.summary = lambda: _summary(scorings)
+    if started.stream:
+        return EventStream(
+            [one.run for one in scorings], request_id=request.state.request_id, close=lambda: _close(scorings)
+        )
+    parts = await while_connected(request.receive, [one.fold() for one in scorings])
+    answer = _nest(parts, group_sizes=started.group_sizes, depth=started.depth)
     return Response(answer, media_type="application/json")
 
 
-class _Document:
-    """One text to score, behind a prefix that is only read. The ids of both lie in one array."""
+async def _start(request: Request, *, service: Service) -> _Started:
+    """Admit all sequences of a request or none. Raises as `parse`, `_documents` and the service do."""
+    raw = await read_body(request, max_bytes=service.settings.max_body_bytes)
+    body = await beside_the_loop(lambda: parse(raw, model=ScoreRequest), size=len(raw))
+    if body.request_id is not None:
+        request.state.request_id = body.request_id
+    service.check_admission(body.num_replies, num_tokens=len(raw))  # before the work of tokenising
+    documents = await beside_the_loop(lambda: _documents(body, tokenizer=service.tokenizer), size=len(raw))
+    plans = _plans(documents, body=body)
+    timeout_s, extras = service.deadline(body.timeout_s), body.extras
+    messages = [one.message(service.new_id, extras=extras, timeout_s=timeout_s) for one in documents]
+    live = service.submit(messages, request_id=request.state.request_id)
+    return _Started(
+        [Scoring(plan, live=one, service=service) for plan, one in zip(plans, live, strict=True)],
+        group_sizes=[len(one.texts) for one in documents],
+        depth=body.depth,
+        stream=body.stream,
+    )
 
-    def __init__(self, prefix: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
-        self._all = np.concatenate([prefix, tokens])
-        self.tokens = self._all[len(prefix) :]
-        self.num_unasked = max(len(prefix) - 1, 0)  # scores that the engine gives for the prefix
-        self.num_scored = len(tokens) - (len(prefix) == 0)  # all tokens but one that has nothing before it
 
-    def message(self, id: str) -> Score:
-        """What the engine is told."""
-        return Score(id=id, tokens=self._all.astype("<i4", copy=False).tobytes())
+def _close(scorings: Sequence[Scoring]) -> None:
+    for one in scorings:
+        one.close()
 
 
-def _documents(body: ScoreRequest, *, service: Service) -> list[_Document]:
+def _documents(body: ScoreRequest, *, tokenizer: Tokenizer) -> list[Document]:
     """One document for each input. Raises InvalidField."""
-    tokenizer = service.tokenizer
-    prefix = np.empty(0, dtype=np.int32)
-    if isinstance(body.prefix, str):
-        prefix = read_prompt(body.prefix, field="prefix", tokenizer=tokenizer).tokens
-    elif body.prefix is not None:
-        check_id(body.prefix, field="prefix", tokenizer=tokenizer)
-        prefix = np.array([body.prefix], dtype=np.int32)
-    return [_Document(prefix, prompt.tokens) for prompt in read_prompts(body.inputs, tokenizer=tokenizer)]
+    if body.extras.num_top > tokenizer.vocab_size:
+        raise InvalidField.of("top", value=body.top, allowed=f"there are {tokenizer.vocab_size} tokens")
+    prefix = _prefix(body.prefix, tokenizer=tokenizer)
+    inputs = [prompt.tokens for prompt in read_prompts(body.inputs, tokenizer=tokenizer)]
+    if body.continuations is None:
+        return [Document(prefix, (one,)) for one in inputs]
+    if is_list_of_inputs(body.inputs):
+        nested = cast("list[list[str]]", body.continuations)
+        fields = [f"continuations.{i}" for i in range(len(nested))]
+    else:
+        nested, fields = [cast("list[str]", body.continuations)], ["continuations"]
+    return [
+        Document(np.concatenate([prefix, one]), _texts(texts, field=field, tokenizer=tokenizer))
+        for one, texts, field in zip(inputs, nested, fields, strict=True)
+    ]
 
 
-async def _score(document: _Document, *, live: LiveSequence, service: Service, want_tokens: bool) -> ScoreReply:
-    """Collect the figures of one document. Raises Draining where the server ends first, and as LiveSequence does."""
-    parts: list[Scores] = []
-    with live:
-        async for message in live:
-            if isinstance(message, Ended):
-                break
-            assert isinstance(message, Scores)
-            parts.append(message)
-    assert live.ended is not None
-    if live.ended.finish_reason != "scored":
-        raise Draining(f"scoring was cut short: {live.ended.finish_reason}")
-    service.metrics.count_finished(
-        "scored",
-        seconds=time.perf_counter() - live.submitted,
-        queue_s=live.ended.timings.queue_ms / 1000,
-        scored_tokens=document.num_scored,
-    )
-    logprobs = np.frombuffer(b"".join(part.logprobs for part in parts), dtype="<f4")[document.num_unasked :]
-    ranks = np.frombuffer(b"".join(part.ranks for part in parts), dtype="<i4")[document.num_unasked :]
-    assert len(logprobs) == len(ranks) == document.num_scored
-    return await beside_the_loop(
-        lambda: _reply(document, logprobs, ranks, tokenizer=service.tokenizer, want_tokens=want_tokens),
-        size=document.tokens.nbytes,
-    )
+def _prefix(prefix: str | int | None, *, tokenizer: Tokenizer) -> NDArray[np.int32]:
+    if isinstance(prefix, str):
+        return read_prompt(prefix, field="prefix", tokenizer=tokenizer).tokens
+    if prefix is None:
+        return np.empty(0, dtype=np.int32)
+    check_id(prefix, field="prefix", tokenizer=tokenizer)
+    return np.array([prefix], dtype=np.int32)
 
 
-def _reply(
-    document: _Document,
-    logprobs: NDArray[np.float32],  # [num_scored]
-    ranks: NDArray[np.int32],  # [num_scored]
-    *,
-    tokenizer: Tokenizer,
-    want_tokens: bool,
-) -> ScoreReply:
-    scored = document.tokens[len(document.tokens) - document.num_scored :]
-    figures = scoring.Score.of(tokenizer, scored.tolist(), logprobs.tolist())
-    return ScoreReply(
-        num_tokens=figures.num_tokens,
-        num_bytes=figures.num_bytes,
-        num_chars=figures.num_chars,
-        num_words=figures.num_words,
-        logprob=figures.logprob,
-        perplexity=figures.perplexity,
-        word_perplexity=figures.word_perplexity,
-        bits_per_token=figures.bits_per_token,
-        bits_per_byte=figures.bits_per_byte,
-        bits_per_char=figures.bits_per_char,
-        is_greedy=not ranks.any(),
-        tokens=_tokens(document, logprobs.tolist(), ranks.tolist(), tokenizer=tokenizer) if want_tokens else UNSET,
-    )
+def _texts(texts: Sequence[str], *, field: str, tokenizer: Tokenizer) -> tuple[NDArray[np.int32], ...]:
+    return tuple(read_prompt(text, field=f"{field}.{j}", tokenizer=tokenizer).tokens for j, text in enumerate(texts))
 
 
-def _tokens(
-    document: _Document, logprobs: Sequence[float], ranks: Sequence[int], *, tokenizer: Tokenizer
-) -> list[ScoredToken]:
-    """Every token of the text, the first without figures where nothing came before it."""
-    decoder = StreamingDecoder(tokenizer)
-    ids = document.tokens.tolist()
-    texts = [decoder.add(token) for token in ids]
-    texts[-1] += decoder.finish()
-    unscored: list[None] = [None] * (len(texts) - len(logprobs))
-    columns = zip(ids, texts, [*unscored, *logprobs], [*unscored, *ranks], strict=True)
-    return [ScoredToken(*column) for column in columns]
+def _plans(documents: Sequence[Document], *, body: ScoreRequest) -> list[ScoringPlan]:
+    """One plan for each reply, in order."""
+    pairs = [(document.context, text) for document in documents for text in document.texts]
+    return [
+        ScoringPlan(
+            tokens=text,
+            num_scored=len(text) if len(context) else len(text) - 1,
+            unit=body.unit,
+            lists_tokens=bool(body.return_),
+            extras=body.extras,
+            sequence=i if body.depth else UNSET,
+        )
+        for i, (context, text) in enumerate(pairs)
+    ]
+
+
+def _nest(parts: list[bytes], *, group_sizes: Sequence[int], depth: int) -> bytes:
+    """The answer from the JSON of its replies."""
+    if depth == 2:
+        rest = iter(parts)
+        parts = [_array(list(islice(rest, size))) for size in group_sizes]
+    return _array(parts) if depth else parts[0]
+
+
+def _array(parts: Sequence[bytes]) -> bytes:
+    return b"[" + b",".join(parts) + b"]"
+
+
+def _summary(scorings: Sequence[Scoring]) -> dict[str, Any]:
+    """For the log: counts and times, no text."""
+    ended = [one.live.ended for one in scorings]
+    timings = [one.timings for one in ended if one is not None]
+    return {
+        "sequences": len(scorings),
+        "scored_tokens": sum(one.num_done for one in scorings),
+        "finish_reasons": ["unfinished" if one is None else one.finish_reason for one in ended],
+        "queue_ms": max((one.queue_ms for one in timings), default=None),
+        "prefill_ms": max((one.prefill_ms for one in timings), default=None),
+    }

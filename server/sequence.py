@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
-from server.messages import Generate, Sampling, Score, Timings
+from server.messages import Extras, Generate, Sampling, Score, Timings
+
+NO_EXTRAS = Extras()
+Top = tuple[tuple[int, float], ...]  # the most probable tokens and their log-probabilities, best first
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,16 @@ class Draw:
 
     sampling: Sampling
     position: int  # tokens before the drawn one
+    num_generated: int  # of those, the generated ones
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn token; its log-probability and the best alternatives are of the model's own distribution."""
+
+    token: int
+    logprob: float
+    top: Top = ()
 
 
 @dataclass(frozen=True)
@@ -24,22 +38,41 @@ class Chunk:
 
     row: int
     tokens: np.ndarray  # [T] int32, at least one
-    targets: np.ndarray | None = None  # [T] int32: the tokens that follow, to be scored
-    draw: Draw | None = None  # draw the token that follows the last one
+    targets: np.ndarray | None = None  # [<= T] int32: the tokens that follow the first ones, to be scored
+    extras: Extras = NO_EXTRAS  # of the targets
+    draws: tuple[Draw, ...] = ()  # draw the token that follows the last one, once for each
+    penalised: bool = False  # the draws to come will want to know these tokens
+
+
+@dataclass(frozen=True)
+class ChunkScores:
+    """Figures of T targets: nats and ranks, and the extras that were asked for."""
+
+    logprobs: np.ndarray  # [T] float32
+    ranks: np.ndarray  # [T] integers, 0 = the most probable
+    top_ids: np.ndarray | None = None  # [T, num_top] integers
+    top_logprobs: np.ndarray | None = None  # [T, num_top] float32
+    entropies: np.ndarray | None = None  # [T] float32
+    memory_shares: np.ndarray | None = None  # [T, layers] float32
 
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What a chunk asked for: a drawn token, or log-probabilities (nats) and ranks of its targets, or nothing."""
+    """What a chunk asked for."""
 
-    token: int = -1
-    logprob: float = 0.0
-    logprobs: np.ndarray | None = None  # [T] float32
-    ranks: np.ndarray | None = None  # [T] integers, 0 = the most probable
+    drawn: tuple[Drawn, ...] = ()
+    scores: ChunkScores | None = None
 
 
 class Runner(Protocol):
-    """The device side: rows of state, and the two kinds of work on them."""
+    """The device side: rows of state, and the two kinds of work on them.
+
+    A call of `extend` or `decode` that raises has changed nothing, so that it can be repeated with fewer rows.
+    """
+
+    def check(self) -> None:
+        """Compute something small; raises where the device does not work any more."""
+        ...
 
     @property
     def num_rows(self) -> int:
@@ -66,6 +99,10 @@ class Runner(Protocol):
         """How far each head of each layer looks back, in tokens."""
         ...
 
+    def warm_up(self, chunk_tokens: int) -> bool:
+        """Run every shape once; whether a full batch gave a row, bit for bit, what it got alone."""
+        ...
+
     def reset(self, row: int) -> None:
         """Begin a fresh stream in a row."""
         ...
@@ -74,18 +111,27 @@ class Runner(Protocol):
         """Copy a row's whole state over another row's."""
         ...
 
+    def snapshot(self, row: int) -> object:
+        """A copy of a row's whole state."""
+        ...
+
+    def restore(self, row: int, snapshot: object) -> None:
+        """Begin a stream in a row from the state that another one had."""
+        ...
+
     def extend(self, chunks: Many[Chunk]) -> list[ChunkResult]:
         """Read stretches of prompts and documents, one a row."""
         ...
 
-    def decode(self, rows: Many[int], tokens: Many[int], draws: Many[Draw]) -> tuple[list[int], list[float]]:
-        """Feed each row its last token; the next tokens and their log-probabilities."""
+    def decode(self, rows: Many[int], tokens: Many[int], draws: Many[Draw]) -> list[Drawn]:
+        """Feed each row its last token; the next ones, in the order of `rows`."""
         ...
 
 
 class Phase(Enum):
     """Where a sequence is on its way."""
 
+    FORKING = auto()  # waits until another one has read what they share
     WAITING = auto()  # for a row
     READING = auto()  # its prompt or document
     DECODING = auto()  # a token a step
@@ -94,7 +140,7 @@ class Phase(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """A live request: what was asked, and how far it is. Times are seconds of the engine's clock."""
+    """A live sequence: what was asked, and how far it is. Times are seconds of the engine's clock."""
 
     request: Generate | Score
     submitted: float
@@ -106,14 +152,37 @@ class Sequence:
     last_token: int = -1
     admitted: float = 0.0  # got its row
     read: float = 0.0  # finished reading
+    snapshot: object = None  # where to begin, if not afresh
+    leader: "Sequence | None" = None  # who reads what they share
+    forks: list["Sequence"] = field(init=False, default_factory=list)  # who waits for what this one reads
 
     def __post_init__(self) -> None:
         self.tokens = np.frombuffer(self.request.tokens, dtype="<i4")
+
+    @classmethod
+    def group(cls, request: Generate | Score, *, submitted: float) -> "Sequence":
+        """The sequence that reads first, with those that fork off it."""
+        first = cls(request, submitted)
+        for fork in _fork_requests(request):
+            other = cls(fork, submitted, phase=Phase.FORKING, leader=first)
+            other.num_read = other.num_to_read if isinstance(fork, Generate) else 0
+            first.forks.append(other)
+        return first
 
     @property
     def id(self) -> str:
         """The name the API process gave it."""
         return self.request.id
+
+    @property
+    def deadline(self) -> float | None:
+        """When it must have ended."""
+        return None if self.request.timeout_s is None else self.submitted + self.request.timeout_s
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens that are only read; after them the forks part."""
+        return self.request.num_shared if isinstance(self.request, Score) else len(self.tokens)
 
     @property
     def num_to_read(self) -> int:
@@ -125,18 +194,34 @@ class Sequence:
         """What is left of `num_to_read`."""
         return self.num_to_read - self.num_read
 
+    def chunk_size(self, chunk_tokens: int) -> int:
+        """How many tokens to read next. It depends on nothing but the request, so that its numerics do not either."""
+        border = self.num_shared if self.num_read < self.num_shared else self.num_to_read
+        return min(chunk_tokens, border - self.num_read)
+
     def next_chunk(self, size: int) -> Chunk:
         """The next `size` tokens to read, with what the runner shall do about them."""
         start, stop = self.num_read, self.num_read + size
         assert 0 < size <= self.num_unread
-        if isinstance(self.request, Score):
-            return Chunk(self.row, self.tokens[start:stop], targets=self.tokens[start + 1 : stop + 1])
-        return Chunk(self.row, self.tokens[start:stop], draw=self.next_draw() if stop == len(self.tokens) else None)
+        request, tokens = self.request, self.tokens[start:stop]
+        targets = self.tokens[start + 1 : stop + 1]
+        if isinstance(request, Score):
+            if stop <= request.num_shared:
+                return Chunk(self.row, tokens)
+            return Chunk(self.row, tokens, targets=targets, extras=request.extras)
+        draws = tuple(one.next_draw() for one in (self, *self.forks)) if stop == len(self.tokens) else ()
+        return Chunk(
+            self.row,
+            tokens,
+            targets=targets if request.prompt_scores and len(targets) else None,
+            draws=draws,
+            penalised=request.sampling.repetition_penalty != 1,
+        )
 
     def next_draw(self) -> Draw:
         """How to draw the next generated token."""
         assert isinstance(self.request, Generate)
-        return Draw(self.request.sampling, len(self.tokens) + self.num_generated)
+        return Draw(self.request.sampling, len(self.tokens) + self.num_generated, self.num_generated)
 
     def timings(self, now: float) -> Timings:
         """How long it waited, read and generated until now."""
@@ -145,3 +230,14 @@ class Sequence:
         return Timings(
             queue_ms=(admitted - self.submitted) * 1e3, prefill_ms=(read - admitted) * 1e3, decode_ms=(now - read) * 1e3
         )
+
+
+def _fork_requests(request: Generate | Score) -> list[Generate | Score]:
+    """Each fork as a request of its own, for what comes after the part that is shared."""
+    if isinstance(request, Score):
+        return [Score(name, tokens, 0, request.extras, request.timeout_s) for name, tokens in request.forks]
+    replace = msgspec.structs.replace
+    return [
+        replace(request, id=name, sampling=replace(request.sampling, seed=seed), forks=(), prompt_scores=False)
+        for name, seed in request.forks
+    ]

@@ -1,4 +1,7 @@
-"""What all endpoints share: the open bundle, the link to the engine, and admission. Knows no HTTP."""
+"""What all endpoints share: the open bundle, the link to the engine, admission, and requests by their ids.
+
+Knows no HTTP.
+"""
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -8,12 +11,21 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from model.bundle import Bundle
+from server.admission import Admission
 from server.config import Settings
-from server.errors import Draining, EngineDown, InternalError, InvalidField, QueueFull, ServerError, Starting
+from server.errors import Draining, EngineDown, InternalError, ServerError, Starting
 from server.messages import Ended, Generate, LinkState, Ready, Score, Scores, Step, Token
 from server.metrics import Metrics
 
-HEARTBEAT_LIMIT_S = 5.0  # the engine sends one a second: more is a hang, not a hiccup
+Said = Token | Scores | Ended
+
+
+class SequenceStream(Protocol):
+    """What the engine says of one sequence."""
+
+    async def take(self) -> list[Said]:
+        """All messages that are there, at least one. Exactly one Ended, the last, whatever happens."""
+        ...
 
 
 class Link(Protocol):
@@ -28,11 +40,15 @@ class Link(Protocol):
     @property
     def failure(self) -> str: ...  # noqa: D102
     @property
+    def restarts(self) -> int: ...  # noqa: D102
+    @property
     def heartbeat_age_s(self) -> float: ...  # noqa: D102
     @property
     def last_step_age_s(self) -> float: ...  # noqa: D102
     @property
     def num_waiting(self) -> int: ...  # noqa: D102
+    @property
+    def tokens_waiting(self) -> int: ...  # noqa: D102
     @property
     def rows_used(self) -> int: ...  # noqa: D102
 
@@ -44,8 +60,8 @@ class Link(Protocol):
         """Take nothing new, let live work end for so long, end the rest with "shutdown", then end the engine."""
         ...
 
-    def submit(self, message: Generate | Score) -> AsyncIterator[Token | Scores | Ended]:
-        """Start a sequence. Its messages hold exactly one Ended, the last."""
+    def submit(self, message: Generate | Score) -> Sequence[SequenceStream]:
+        """Start the sequences of a message; one stream for each of its ids, in order."""
         ...
 
     def cancel(self, sequence: str) -> None:
@@ -54,22 +70,22 @@ class Link(Protocol):
 
 
 class Service:
-    """Admits sequences and keeps count of them, so that a burst is refused before the engine ever sees it."""
+    """Admits requests and keeps count of them, so that a burst is refused before the engine ever sees it."""
 
     def __init__(self, settings: Settings, *, bundle: Bundle, link: Link) -> None:
         self.settings = settings
         self.bundle = bundle
         self.tokenizer = bundle.tokenizer
         self.link = link
-        self.metrics = Metrics(rows_used=lambda: link.rows_used, num_waiting=lambda: link.num_waiting)
-        self._live: set[str] = set()
+        self.admission = Admission(
+            max_sequences=settings.num_rows + settings.max_waiting,
+            max_tokens=settings.max_waiting_tokens,
+            tokens_waiting=lambda: link.tokens_waiting,
+        )
+        self.metrics = Metrics(link)
+        self._by_request: dict[str, dict[str, LiveSequence]] = {}  # request id, id of the sequence
         self._numbers = count(1)
         link.on_step = self.metrics.observe_step
-
-    @property
-    def max_inputs(self) -> int:
-        """The most sequences there can be at a time, computed or waiting."""
-        return self.settings.num_rows + self.settings.max_waiting
 
     @property
     def fingerprint(self) -> str:
@@ -82,6 +98,10 @@ class Service:
         """A name for a sequence, unique in this process (the request ids of clients are not)."""
         return str(next(self._numbers))
 
+    def deadline(self, timeout_s: float | None) -> float | None:
+        """Seconds a request may take: what it asks for, else the server's default."""
+        return self.settings.timeout_s if timeout_s is None else timeout_s
+
     def unavailable(self) -> ServerError | None:
         """Why no work can be taken now."""
         link = self.link
@@ -90,50 +110,63 @@ class Service:
                 return Starting("the model is being loaded")
             case "draining":
                 return Draining("the server is shutting down")
+            case "restarting":
+                return EngineDown(f"the engine is being restarted: {link.failure}")
             case "failed":
                 return EngineDown(f"the engine has failed: {link.failure}")
-        if link.heartbeat_age_s > HEARTBEAT_LIMIT_S:
+        if link.heartbeat_age_s > self.settings.heartbeat_timeout_s:
             return EngineDown(f"the engine has not answered for {link.heartbeat_age_s:.0f} s")
         return None
 
-    def check_admission(self, num_sequences: int) -> None:
-        """Refuse a request of so many sequences.
+    def check_admission(self, num_sequences: int, *, num_tokens: int = 0) -> None:
+        """Refuse a request of so many sequences and, at most, so many prompt tokens.
 
         Raises:
             InvalidField: they would not fit into an empty server.
             Starting, Draining, EngineDown: there is no engine to take them.
             QueueFull: they do not fit now.
         """
-        if num_sequences > self.max_inputs:
-            raise InvalidField(
-                f"inputs: a list of {num_sequences} is not allowed; at most {self.max_inputs}", param="inputs"
-            )
         if error := self.unavailable():
             raise error
-        if len(self._live) + num_sequences > self.max_inputs:
-            raise QueueFull(
-                f"{len(self._live)} sequences are running or waiting and {num_sequences} more were asked for; "
-                f"the limit is {self.max_inputs}"
-            )
+        self.admission.check(num_sequences, num_tokens=num_tokens)
 
-    def submit(self, messages: Sequence[Generate | Score]) -> list["LiveSequence"]:
-        """Admit all sequences of a request or none. Raises as `check_admission` does."""
-        self.check_admission(len(messages))
-        self._live.update(message.id for message in messages)
-        return [LiveSequence(self.link.submit(message), id=message.id, service=self) for message in messages]
+    def submit(self, messages: Sequence[Generate | Score], *, request_id: str) -> list["LiveSequence"]:
+        """Admit all sequences of a request or none, each of `ids` in order. Raises as `check_admission` does."""
+        self.check_admission(sum(len(message.ids) for message in messages))
+        live = [
+            LiveSequence(stream, id=name, request_id=request_id, service=self)
+            for message in messages
+            for name, stream in zip(message.ids, self.link.submit(message), strict=True)
+        ]
+        self.admission.enter(len(live))
+        self._by_request.setdefault(request_id, {}).update({one.id: one for one in live})
+        return live
+
+    def cancel(self, request_id: str) -> int:
+        """Ask the engine to stop all that lives of a request; the number of its sequences, 0 for an unknown id."""
+        live = self._by_request.get(request_id, {})
+        for one in live.values():
+            one.cancel()
+        return len(live)
 
     def leave(self, sequence: "LiveSequence") -> None:
-        """The counterpart of `submit`, once a sequence; one that has not ended is cancelled."""
-        self._live.discard(sequence.id)
+        """The counterpart of `submit` for one sequence, cancelled if it has not ended. Twice does no harm."""
+        siblings = self._by_request.get(sequence.request_id, {})
+        if siblings.pop(sequence.id, None) is None:
+            return
+        if not siblings:
+            del self._by_request[sequence.request_id]
+        self.admission.leave()
         if sequence.ended is None:
-            self.link.cancel(sequence.id)
+            sequence.cancel()
 
 
 class LiveSequence:
-    """One admitted sequence: a context to be in while it lives, and the iterator of its messages."""
+    """One admitted sequence: a context to be in while it lives, and its messages."""
 
-    def __init__(self, stream: AsyncIterator[Token | Scores | Ended], *, id: str, service: Service) -> None:
+    def __init__(self, stream: SequenceStream, *, id: str, request_id: str, service: Service) -> None:
         self.id = id
+        self.request_id = request_id
         self.submitted = time.perf_counter()
         self.ended: Ended | None = None
         self._stream = stream
@@ -147,18 +180,26 @@ class LiveSequence:
     ) -> None:
         self._service.leave(self)
 
-    def __aiter__(self) -> Self:
-        return self
+    async def take(self) -> list[Said]:
+        """All messages that are there. Raises EngineDown or InternalError where the engine gave the sequence up."""
+        messages = await self._stream.take()
+        last = messages[-1]
+        if isinstance(last, Ended):
+            self.ended = last
+            if last.finish_reason == "error":
+                down = self._service.link.state in ("restarting", "failed")
+                raise (EngineDown if down else InternalError)(f"the engine gave up: {last.error}")
+        return messages
 
-    async def __anext__(self) -> Token | Scores | Ended:
-        """The next message. Raises EngineDown or InternalError where the engine had to give the sequence up."""
-        message = await anext(self._stream)
-        if isinstance(message, Ended):
-            self.ended = message
-            if message.finish_reason == "error":
-                down = self._service.link.state == "failed"
-                raise (EngineDown if down else InternalError)(f"the engine gave up: {message.error}")
-        return message
+    async def __aiter__(self) -> AsyncIterator[Said]:
+        """The messages one by one. Raises as `take` does."""
+        while self.ended is None:
+            for message in await self.take():
+                yield message
+
+    def leave(self) -> None:
+        """Give the place up, if that has not happened yet; what has not ended is cancelled."""
+        self._service.leave(self)
 
     def cancel(self) -> None:
         """Ask the engine to stop; the ending still comes."""
@@ -167,7 +208,7 @@ class LiveSequence:
     async def ending(self) -> Ended:
         """Skip to the ending."""
         while self.ended is None:
-            await anext(self)
+            await self.take()
         return self.ended
 
 

@@ -59,6 +59,17 @@ class StopStrings:
             state = self._fallback[state]
         return self._children[state].get(char, 0)
 
+    def scan(self, state: int, text: str) -> tuple[int, int]:
+        """The state after `text`, or after the first stop string that it completes; and how many characters that is."""
+        if not state and self._children[0].keys().isdisjoint(text):
+            return 0, len(text)
+        match, advance = self._match, self.advance
+        for end, char in enumerate(text, start=1):
+            state = advance(state, char)
+            if match[state] is not None:
+                return state, end
+        return state, len(text)
+
     def match(self, state: int) -> str | None:
         """The longest stop string that has just been completed."""
         return self._match[state]
@@ -73,11 +84,16 @@ class OutputText:
 
     The stop string that is completed first wins, the longest of those that end at the same place, so the text does not
     depend on how it was cut into tokens. A token costs O(its text + the text held back).
+
+    What becomes certain with one of the first `num_free` tokens is shown at once and is no part of any stop string. (A
+    character that only a later token completes belongs to that token.)
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stops: StopStrings) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, stops: StopStrings, num_free: int = 0) -> None:
         self._decoder = StreamingDecoder(tokenizer)
         self._stops = stops
+        self._has_stops = bool(stops)
+        self._num_free = num_free  # left; -1 and less once other tokens have come
         self._state = 0
         self._held = ""
         self.matched_stop: str | None = None
@@ -85,26 +101,28 @@ class OutputText:
     def add(self, token: int) -> str:
         """The text that is certain after one more token. Sets `matched_stop` once a stop string is complete."""
         assert self.matched_stop is None
-        return self._release(self._decoder.add(token))
+        text = self._decoder.add(token)
+        return self._release(text) if self._has_stops else text
 
     def finish(self) -> str:
         """The rest: what was held back, because nothing more can follow. Nothing after a stop string."""
         if self.matched_stop is not None:
             return ""
-        text = self._release(self._decoder.finish())
+        rest = self._decoder.finish()
+        if self._num_free >= 0 or not self._has_stops:
+            return rest
+        text = self._release(rest)
         if self.matched_stop is None:
             text, self._held = text + self._held, ""
         return text
 
     def _release(self, new: str) -> str:
-        if not self._stops:
+        self._num_free -= 1
+        if self._num_free >= 0:
             return new
-        for i, char in enumerate(new, start=1):
-            self._state = self._stops.advance(self._state, char)
-            self.matched_stop = self._stops.match(self._state)
-            if self.matched_stop is not None:
-                return (self._held + new[:i])[: -len(self.matched_stop)]
-        text = self._held + new
-        cut = len(text) - self._stops.depth(self._state)
+        self._state, end = self._stops.scan(self._state, new)
+        self.matched_stop = self._stops.match(self._state)
+        text = self._held + new[:end]
+        cut = len(text) - (self._stops.depth(self._state) if self.matched_stop is None else len(self.matched_stop))
         self._held = text[cut:]
         return text[:cut]

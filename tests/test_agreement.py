@@ -174,7 +174,7 @@ def test_engine_generates_the_training_forward_s_greedy_tokens(network):
     prompts = {str(n): text_tokens(n).tolist() for n in (1, 7, 40, 100, 200)}
     greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
     for name, prompt in prompts.items():
-        engine.submit(Generate(name, np.array(prompt, "<i4").tobytes(), greedy, 12, ()))
+        engine.submit(Generate(name, np.array(prompt, "<i4").tobytes(), greedy, 12))
     found: dict[str, list[int]] = {name: [] for name in prompts}
     while engine.has_work:
         for token in engine.step().tokens:

@@ -25,7 +25,9 @@ SERVER_LAYERS = (  # a module knows its own layer and those before it
     ("server.errors", "server.messages", "server.sequence"),
     ("server.scheduler",),
     ("server.engine",),
-    ("server.engine_process", "server.link"),
+    ("server.pipe", "server.stream"),
+    ("server.child", "server.engine_process"),
+    ("server.link",),
     ("server.api",),
     ("server.__main__",),
 )

@@ -3,11 +3,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_link import FakeLink, fake_logprobs
+from fake_link import FakeLink
 from http_harness import eventually, make_client, make_link, post, read_events
 
-from model.scoring import Score as Figures
-from model.tokenizer import BytesTokenizer
 from server.messages import Generate
 
 pytestmark = pytest.mark.anyio
@@ -22,9 +20,6 @@ def message(link: FakeLink) -> Generate:
     sent = link.submitted[-1]
     assert isinstance(sent, Generate)
     return sent
-
-
-# /generate
 
 
 async def test_a_plain_reply_is_the_text_of_the_tokens():
@@ -46,6 +41,7 @@ async def test_details_tell_how_the_sequence_went():
         "logprob_sum": -1.5,
         "timings": {"queue_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 3.0},
         "fingerprint": details["fingerprint"],
+        "prefill": [],
         "tokens": tokens,
     }
     assert details["fingerprint"].startswith("abababababab-float32-cpu-")
@@ -137,7 +133,51 @@ async def test_generation_is_greedy_unless_sampling_is_asked_for():
     assert (await sampling(do_sample=True)).temperature == 1
     asked = await sampling(top_k=5, top_p=0.5, min_p=0.25, seed=7)
     assert (asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.seed) == (1, 5, 0.5, 0.25, 7)
+    assert (await sampling(typical_p=0.5)).temperature == 1
     assert (await sampling()).seed != (await sampling()).seed
+
+
+async def test_the_engine_is_told_of_every_field():
+    link = make_link()
+    asked = {
+        "temperature": 0.5,
+        "typical_p": 0.25,
+        "repetition_penalty": 1.5,
+        "frequency_penalty": -1,
+        "presence_penalty": 2,
+        "logit_bias": {"17": 3, "0": -100},
+        "stop_token_ids": [9, 5],
+        "min_new_tokens": 2,
+        "max_new_tokens": 4,
+        "top_n_tokens": 3,
+        "details": True,
+        "decoder_input_details": True,
+    }
+    await post("/generate", {"inputs": "x", "parameters": asked, "timeout_s": 2.5}, link=link, eos_id=7, timeout_s=9)
+    told, sampling = message(link), message(link).sampling
+    assert (told.max_new_tokens, told.timeout_s, told.prompt_scores) == (4, 2.5, True)
+    assert (sampling.temperature, sampling.typical_p, sampling.repetition_penalty) == (0.5, 0.25, 1.5)
+    assert (sampling.frequency_penalty, sampling.presence_penalty) == (-1, 2)
+    assert dict(sampling.logit_bias) == {17: 3, 0: -100}
+    assert (sampling.end_ids, sampling.min_new_tokens, sampling.num_top) == ((5, 7, 9), 2, 3)
+    await post("/generate", {"inputs": "x", "parameters": {"ignore_eos": True}}, link=link, eos_id=7, timeout_s=9)
+    assert (message(link).sampling.end_ids, message(link).timeout_s) == ((), 9)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ({"logit_bias": {"3": 1, "300": 1}}, "parameters.logit_bias.300"),
+        ({"stop_token_ids": [256]}, "parameters.stop_token_ids.0"),
+        ({"top_n_tokens": 1}, "parameters.top_n_tokens"),
+        ({"n": 2}, "parameters.n"),
+    ],
+)
+async def test_what_does_not_fit_the_model_or_the_reply_is_refused(parameters, param):
+    link = make_link()
+    reply = await post("/generate", {"inputs": "x", "parameters": parameters}, link=link)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (422, param)
+    assert not link.submitted
 
 
 async def test_a_stream_without_a_limit_lasts_until_something_ends_it():
@@ -156,58 +196,3 @@ async def test_a_shutdown_ends_a_stream_with_what_was_held_back():
     assert "".join(event["token"]["text"] for event in events) == "Th"
     assert (last["index"], last["token"], last["generated_text"]) == (5, None, "The c")
     assert last["details"]["finish_reason"] == "shutdown"
-
-
-# /score
-
-
-async def test_a_document_is_scored_in_the_units_of_the_shared_function():
-    text = "It was a dark night, ça va."
-    reply = (await post("/score", {"inputs": text})).json()
-    tokens = list(text.encode())[1:]
-    figures = Figures.of(BytesTokenizer(), tokens, fake_logprobs(np.array(tokens)).tolist())
-    for name in ("num_tokens", "num_bytes", "num_chars", "num_words", "logprob", "perplexity", "bits_per_char"):
-        assert reply[name] == getattr(figures, name)
-    assert reply["is_greedy"] is False
-    assert "tokens" not in reply
-
-
-@pytest.mark.parametrize(("prefix", "num_prefix"), [("\n\n", 2), (10, 1)])
-async def test_a_prefix_gives_the_first_token_a_score_and_is_not_scored_itself(prefix, num_prefix):
-    link = make_link()
-    reply = (await post("/score", {"inputs": "abc", "prefix": prefix, "return": ["tokens"]}, link=link)).json()
-    assert len(link.submitted[0].tokens) == 4 * (3 + num_prefix)
-    assert [token["logprob"] for token in reply["tokens"]] == fake_logprobs(np.array([97, 98, 99])).tolist()
-    assert (reply["num_tokens"], reply["num_bytes"]) == (3, 3)
-
-
-async def test_the_first_token_has_no_score_without_a_prefix():
-    tokens = (await post("/score", {"inputs": "aé", "return": ["tokens"]})).json()["tokens"]
-    assert tokens[0] == {"id": 97, "text": "a", "logprob": None, "rank": None}
-    assert [token["text"] for token in tokens] == ["a", "", "é"]
-    assert tokens[1]["rank"] == 0xC3 % 3
-
-
-async def test_a_text_of_one_token_has_no_figures():
-    reply = (await post("/score", {"inputs": "a"})).json()
-    assert (reply["num_tokens"], reply["logprob"], reply["perplexity"]) == (0, 0.0, None)
-
-
-async def test_a_long_document_is_scored_whole():
-    text = "0123456789" * 30_000
-    reply = (await post("/score", {"inputs": text})).json()
-    assert reply["num_bytes"] == len(text) - 1
-
-
-async def test_several_documents_are_scored_in_order():
-    replies = (await post("/score", {"inputs": ["a b", "a b c d"]})).json()
-    assert [reply["num_words"] for reply in replies] == [1, 3]  # the first token is not scored
-
-
-async def test_a_shutdown_refuses_what_was_not_scored_to_the_end():
-    link = make_link(hang_after=0)
-    async with make_client(link) as client:
-        request = asyncio.create_task(client.post("/score", json={"inputs": "abc"}))
-        await eventually(lambda: link.submitted)
-        link.end_all("shutdown")
-        assert (await request).status_code == 503

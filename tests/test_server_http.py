@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from http_harness import eventually, make_client, make_link, post, read_events, serving
+from http_harness import eventually, make_bundle, make_client, make_link, post, read_events, serving
 
+from server.api import create_app
+from server.config import Settings
 from server.connection import EventStream
 
 pytestmark = pytest.mark.anyio
@@ -54,7 +56,7 @@ async def test_what_cannot_be_read_is_malformed():
         ("/generate", {"inputs": "a", "parameters": {"max_new_tokens": None}}, "parameters.max_new_tokens"),
         ("/generate_stream", {"inputs": "a", "stream": False}, "stream"),
         ("/score", {"inputs": "a", "prefix": 256}, "prefix"),
-        ("/score", {"inputs": "a", "unit": "byte"}, "unit"),
+        ("/score", {"inputs": "a", "unit": "line"}, "unit"),
     ],
 )
 async def test_an_invalid_field_is_named(path, body, param):
@@ -78,14 +80,14 @@ async def test_a_body_over_the_limit_is_refused_while_it_arrives():
         assert arrived < 2000
 
 
-@pytest.mark.parametrize("state", ["starting", "draining", "failed", "silent"])
+@pytest.mark.parametrize("state", ["starting", "draining", "restarting", "failed", "silent"])
 async def test_work_is_refused_with_a_time_to_come_back_while_there_is_no_engine(state):
     link = make_link()
     if state == "silent":
         link.heartbeat_age_s = 60
     else:
         link.state = state
-    code = {"failed": "engine_down", "silent": "engine_down"}.get(state, state)
+    code = state if state in ("starting", "draining") else "engine_down"
     async with make_client(link) as client:
         for reply in (
             await client.post("/generate", json={"inputs": "a", "stream": True}),
@@ -158,12 +160,53 @@ async def send(port: int, path: str, body: object) -> tuple[asyncio.StreamReader
 async def test_a_client_that_leaves_frees_the_row(path):
     link = make_link(hang_after=1)
     async with serving(link) as port:
-        _, writer = await send(port, path, {"inputs": ["a", "b"]})
+        _, writer = await send(port, path, {"inputs": ["aa", "bb"]})
         await eventually(lambda: len(link.submitted) == 2)
         await asyncio.sleep(0.05)
         assert not link.cancelled
         writer.close()
         await eventually(lambda: len(link.cancelled) == 2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_has_left_before_its_answer_begins_frees_its_rows(stream):
+    """No job of the request has run yet then, so none of them can be the one that gives the rows back."""
+    link = make_link(hang_after=1)
+    app = create_app(settings=Settings(), bundle=make_bundle(), link=link)
+    body = json.dumps({"inputs": ["a", "b"], "stream": stream}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": [], "query_string": b""}
+    await app(scope, receive, send)
+    assert len(link.cancelled) == len(link.submitted) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_is_cancelled_by_its_id(stream):
+    link = make_link(hang_after=3)
+    async with make_client(link) as client:
+        body = {"inputs": ["a", "b"], "stream": stream, "request_id": "mine", "parameters": {"details": True}}
+        request = asyncio.create_task(client.post("/generate", json=body))
+        await eventually(lambda: link.num_hanging == 2)
+        assert (await client.delete("/requests/mine")).json() == {"request_id": "mine", "cancelled": 2}
+        reply = await request
+        ends = read_events(reply.text)[-2:] if stream else reply.json()
+        assert [(one["generated_text"], one["details"]["finish_reason"]) for one in ends] == [("The", "cancelled")] * 2
+        check_error(await client.delete("/requests/mine"), 404, code="not_found")
+
+
+async def test_a_reader_that_does_not_read_is_cut_off_and_its_row_freed():
+    link = make_link(max_behind=50)
+    async with serving(link) as port:
+        _, writer = await send(port, "/generate_stream", {"inputs": "a", "parameters": {"max_new_tokens": None}})
+        await eventually(lambda: link.cancelled)
+        writer.close()
 
 
 async def test_tokens_are_sent_as_they_come():
@@ -184,10 +227,13 @@ async def test_an_idle_stream_is_kept_alive_by_comments():
     async def send(message: Any) -> None:
         sent.append(message.get("body"))
 
-    async def wait(send_event: Any) -> None:
+    async def wait(send_events: Any) -> None:
         await asyncio.sleep(0.1)
 
-    await EventStream([wait], request_id="1", ping_s=0.02)({}, asyncio.Event().wait, send)
+    closed: list[bool] = []
+    stream = EventStream([wait], request_id="1", close=lambda: closed.append(True), ping_s=0.02)
+    await stream({}, asyncio.Event().wait, send)
+    assert closed == [True]
     assert sent[0] is None
     assert set(sent[1:-1]) == {b": ping\n\n"}
     assert sent[-1] == b""
@@ -237,18 +283,20 @@ async def test_every_error_of_an_endpoint_is_documented_with_an_example():
         assert (await client.get("/docs")).status_code == 200
     for path in ("/generate", "/generate_stream", "/score"):
         endpoint = document["paths"][path]["post"]
-        assert set(endpoint["responses"]) == {"200", "400", "413", "422", "429", "500", "503"}
+        cancelled = {"499"} if path == "/score" else set()  # /generate answers with what there is
+        assert set(endpoint["responses"]) == {"200", "400", "408", "413", "422", "429", "500", "503"} | cancelled
         for response in endpoint["responses"].values():
             content = response["content"]["application/json"]
             assert content.get("example") or content["examples"]
-        assert endpoint["requestBody"]["content"]["application/json"]["example"]
+        content = endpoint["requestBody"]["content"]["application/json"]
+        assert content.get("example") or content["examples"]
     defined = document["components"]["schemas"]
     referred = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}
     assert referred <= set(defined)
 
 
 async def test_a_log_line_has_counts_and_no_text(caplog):
-    with caplog.at_level(logging.INFO, logger="server.api"):
+    with caplog.at_level(logging.INFO, logger="server.request_log"):
         await post("/generate", {"inputs": "secret", "parameters": {"max_new_tokens": 4}})
     fields = caplog.records[-1].fields
     assert (fields["path"], fields["status"], fields["prompt_tokens"], fields["generated_tokens"]) == (

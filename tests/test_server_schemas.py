@@ -3,18 +3,18 @@ from typing import Any
 
 import pytest
 
-from server.config import ConfigError, Settings, load_settings
 from server.errors import InvalidField, MalformedRequest, RequestError
-from server.schemas import MAX_STOP_CHARS, GenerateRequest, Parameters, ScoreRequest, parse
+from server.parameters import MAX_BEST_OF, MAX_IDS, MAX_STOP_CHARS, GenerateRequest, Parameters
+from server.schemas import parse
 
 
 def generate(**body: Any) -> GenerateRequest:
     return parse(json.dumps(body).encode(), model=GenerateRequest)
 
 
-def complaint(model: Any = GenerateRequest, **body: Any) -> RequestError:
+def complaint(**body: Any) -> RequestError:
     with pytest.raises(InvalidField) as caught:
-        parse(json.dumps(body).encode(), model=model)
+        generate(**body)
     return caught.value
 
 
@@ -71,7 +71,22 @@ def test_a_million_wrong_ids_give_one_complaint():
         ("truncate", 0),
         ("details", 1),
         ("ignore_eos", None),
-        ("best_of", 2),
+        ("min_new_tokens", -1),
+        ("typical_p", 0),
+        ("typical_p", 1.01),
+        ("repetition_penalty", 0),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", float("nan")),
+        ("logit_bias", [1]),
+        ("n", 0),
+        ("n", 9),
+        ("best_of", 17),
+        ("top_n_tokens", 21),
+        ("decoder_input_details", 1),
+        ("logprobs", None),
+        ("stop_token_ids", [1] * (MAX_IDS + 1)),
         ("watermark", False),
     ],
 )
@@ -87,7 +102,8 @@ def test_the_message_tells_the_value_and_the_whole_range():
 
 
 def test_an_unknown_field_is_answered_with_those_there_are():
-    assert complaint(inputs="a", stop="b").message == "stop: unknown field; there are inputs, parameters, stream"
+    known = "inputs, parameters, stream, timeout_s, request_id"
+    assert complaint(inputs="a", stop="b").message == f"stop: unknown field; there are {known}"
 
 
 def test_missing_inputs_are_named():
@@ -95,15 +111,33 @@ def test_missing_inputs_are_named():
 
 
 def test_the_edges_of_the_ranges_are_legal():
-    edges = {"temperature": 2, "top_p": 1, "min_p": 1, "top_k": 0, "seed": 2**64 - 1, "max_new_tokens": 1}
-    assert generate(inputs="a", parameters=edges).parameters.seed == 2**64 - 1
+    edges = {
+        "temperature": 2,
+        "top_p": 1,
+        "min_p": 1,
+        "top_k": 0,
+        "typical_p": 1,
+        "seed": 2**64 - 1,
+        "max_new_tokens": 1,
+        "min_new_tokens": 1,
+        "frequency_penalty": -2,
+        "presence_penalty": 2,
+        "n": 8,
+        "best_of": 16,
+        "top_n_tokens": 20,
+        "stop_token_ids": [1] * MAX_IDS,
+        "logit_bias": {str(id): 100 for id in range(MAX_IDS)},
+    }
+    assert generate(inputs="a", parameters=edges, timeout_s=86400).parameters.seed == 2**64 - 1
 
 
 def test_a_long_value_is_cut_in_the_message():
     assert len(complaint(inputs={"a": "b" * 10_000}).message) < 200
 
 
-@pytest.mark.parametrize("given", [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
+@pytest.mark.parametrize(
+    "given", [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical_p": 1}]
+)
 def test_do_sample_false_contradicts_a_sampling_field(given):
     assert complaint(inputs="a", parameters={"do_sample": False, **given}).param == "parameters.do_sample"
 
@@ -124,6 +158,8 @@ def test_do_sample_true_contradicts_temperature_0():
         ({"top_k": 3}, False),
         ({"top_p": 1}, False),
         ({"min_p": 0}, False),
+        ({"typical_p": 1}, False),
+        ({"repetition_penalty": 1.2, "seed": 3}, True),
     ],
 )
 def test_generation_is_greedy_unless_sampling_is_asked_for(given, greedy):
@@ -132,13 +168,106 @@ def test_generation_is_greedy_unless_sampling_is_asked_for(given, greedy):
 
 def test_a_drawn_seed_survives_a_reader_that_holds_doubles():
     seeds = [Parameters().draw_seed() for _ in range(100)]
-    assert all(int(float(seed)) == seed for seed in seeds)
+    assert all(int(float(seed + MAX_BEST_OF)) == seed + MAX_BEST_OF for seed in seeds)
     assert len(set(seeds)) == 100
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "words"),
+    [
+        ({"n": 2}, "n", "do_sample: true"),
+        ({"best_of": 2}, "best_of", "do_sample: true"),
+        ({"n": 2, "temperature": 0, "top_k": 3}, "n", "do_sample: true"),
+        ({"n": 3, "best_of": 2, "do_sample": True}, "best_of", "at least n, which is 3"),
+        ({"min_new_tokens": 6, "max_new_tokens": 5}, "min_new_tokens", "max_new_tokens, which is 5"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_both_named(given, param, words):
+    error = complaint(inputs="a", parameters=given)
+    assert error.param == f"parameters.{param}"
+    assert words in error.message
+
+
+@pytest.mark.parametrize("given", [{"top_n_tokens": 2}, {"decoder_input_details": True}, {"logprobs": True}])
+def test_what_only_details_can_hold_needs_details_in_a_plain_reply_but_not_in_a_stream(given):
+    parameters = generate(inputs="a", parameters=given).parameters
+    parameters.check_reply(stream=True)
+    with pytest.raises(InvalidField, match="details: true") as caught:
+        parameters.check_reply(stream=False)
+    assert caught.value.param == f"parameters.{next(iter(given))}"
+    generate(inputs="a", parameters={**given, "details": True}).parameters.check_reply(stream=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "stream", "param"),
+    [({"best_of": 2, "do_sample": True}, True, "best_of"), ({"max_new_tokens": None}, False, "max_new_tokens")],
+)
+def test_what_one_kind_of_reply_cannot_do_is_legal_in_the_other(given, stream, param):
+    parameters = generate(inputs="a", parameters=given).parameters
+    parameters.check_reply(stream=not stream)
+    with pytest.raises(InvalidField) as caught:
+        parameters.check_reply(stream=stream)
+    assert caught.value.param == f"parameters.{param}"
+
+
+def test_tokens_are_biased_by_their_ids_as_json_keys_or_as_numbers():
+    assert generate(inputs="a", parameters={"logit_bias": {"17": -100, "0": 0.5}}).parameters.logit_bias == {
+        17: -100.0,
+        0: 0.5,
+    }
+    assert Parameters(logit_bias={17: 1}).logit_bias == {17: 1.0}
+    assert generate(inputs="a", parameters={"logit_bias": None}).parameters.logit_bias is None
+
+
+@pytest.mark.parametrize(
+    ("key", "bias"),
+    [
+        ("x", 1),
+        ("-1", 1),
+        ("017", 1),
+        (" 17", 1),
+        ("1_7", 1),
+        ("\u0661", 1),
+        ("17", 101),
+        ("17", -100.5),
+        ("17", float("nan")),
+        ("17", "1"),
+        ("17", True),
+        ("17", None),
+    ],
+)
+def test_a_wrong_bias_is_named_by_its_key(key, bias):
+    assert complaint(inputs="a", parameters={"logit_bias": {"3": 1, key: bias}}).param == f"parameters.logit_bias.{key}"
+
+
+def test_biases_are_limited_in_number():
+    biases = {str(id): 1 for id in range(MAX_IDS + 1)}
+    assert complaint(inputs="a", parameters={"logit_bias": biases}).param == "parameters.logit_bias"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": 86401}, "timeout_s"),
+        ({"timeout_s": "1"}, "timeout_s"),
+        ({"request_id": ""}, "request_id"),
+        ({"request_id": "a b"}, "request_id"),
+        ({"request_id": "a\n"}, "request_id"),
+        ({"request_id": "\u00e9"}, "request_id"),
+        ({"request_id": "x" * 129}, "request_id"),
+    ],
+)
+def test_a_deadline_and_a_request_id_have_their_ranges(body, param):
+    error = complaint(inputs="a", **body)
+    assert error.param == param
+    assert "it should be " in error.message
 
 
 def test_stop_strings_are_limited_in_all():
     assert complaint(inputs="a", parameters={"stop": ["a" * MAX_STOP_CHARS, "b"]}).param == "parameters.stop"
     assert complaint(inputs="a", parameters={"stop": ["a", ""]}).param == "parameters.stop.1"
+    assert complaint(inputs="a", parameters={"stop": [1] * 1_000_000}).param == "parameters.stop.0"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"inputs": "\\ud800"}'])
@@ -151,77 +280,3 @@ def test_what_is_not_json_is_malformed(body):
 def test_a_body_that_is_no_object_is_refused(body):
     with pytest.raises(InvalidField, match="body"):
         parse(body, model=GenerateRequest)
-
-
-@pytest.mark.parametrize("prefix", [None, "a", 0])
-def test_a_prefix_is_a_text_or_an_id_or_nothing(prefix):
-    assert parse(json.dumps({"inputs": "a", "prefix": prefix}).encode(), model=ScoreRequest).prefix == prefix
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"prefix": ""}, "prefix"),
-        ({"prefix": -1}, "prefix"),
-        ({"prefix": [1]}, "prefix"),
-        ({"return": ["tops"]}, "return.0"),
-        ({"return": "tokens"}, "return"),
-        ({"return_": ["tokens"]}, "return_"),
-    ],
-)
-def test_a_wrong_field_of_a_scoring_is_named(body, param):
-    assert complaint(ScoreRequest, inputs="a", **body).param == param
-
-
-# settings
-
-
-def test_flags_win_over_the_environment_and_the_environment_over_the_file(tmp_path):
-    file = tmp_path / "server.toml"
-    file.write_text('port = 1\nnum_rows = 1\ndtype = "bfloat16"\n')
-    environ = {"ALLATTN_CONFIG": str(file), "ALLATTN_PORT": "2", "ALLATTN_NUM_ROWS": "2", "HOME": "x"}
-    settings = load_settings(["--port", "3"], environ=environ)
-    assert (settings.port, settings.num_rows, settings.dtype) == (3, 2, "bfloat16")
-
-
-def test_every_setting_has_a_default():
-    assert load_settings([], environ={}) == Settings()
-
-
-@pytest.mark.parametrize(
-    ("argv", "environ", "words"),
-    [
-        (["--prot", "1"], {}, "--prot"),
-        (["stray"], {}, "stray"),
-        (["--port"], {}, "--port"),
-        (["--port", "abc"], {}, "--port = 'abc'"),
-        (["--port", "70000"], {}, "65535"),
-        (["--dtype", "int8"], {}, "'float32' or 'bfloat16'"),
-        ([], {"ALLATTN_PROT": "1"}, "ALLATTN_PROT is not a setting"),
-        ([], {"ALLATTN_NUM_ROWS": "0"}, "ALLATTN_NUM_ROWS = '0'"),
-        (["--config", "nowhere.toml"], {}, "nowhere.toml"),
-    ],
-)
-def test_a_wrong_setting_is_one_line_that_names_it(argv, environ, words):
-    with pytest.raises(ConfigError) as caught:
-        load_settings(argv, environ=environ)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["prot = 1", 'port = "abc"', "port = "])
-def test_a_wrong_file_is_one_line_that_names_it(tmp_path, text):
-    file = tmp_path / "server.toml"
-    file.write_text(text)
-    with pytest.raises(ConfigError) as caught:
-        load_settings(["--config", str(file)], environ={})
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as caught:
-        load_settings(["--help"], environ={})
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert all("--" + name.replace("_", "-") in text for name in Settings.model_fields)

@@ -1,3 +1,4 @@
+import codecs
 import re
 from itertools import pairwise
 
@@ -22,9 +23,9 @@ class PieceTokenizer(BytesTokenizer):
         return self._pieces[id]
 
 
-def stream(pieces: list[bytes], stops: list[str]) -> tuple[list[str], str | None]:
+def stream(pieces: list[bytes], stops: list[str], *, num_free: int = 0) -> tuple[list[str], str | None]:
     """What each piece releases, the last entry being what `finish` does, and the stop string that ended it."""
-    output = OutputText(PieceTokenizer(pieces), stops=StopStrings(stops))
+    output = OutputText(PieceTokenizer(pieces), stops=StopStrings(stops), num_free=num_free)
     released = []
     for token in range(len(pieces)):
         released.append(output.add(token))
@@ -41,6 +42,15 @@ def slow_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
             longest = max(ending_here, key=len)
             return text[: end - len(longest)], longest
     return text, None
+
+
+def slow_shown(text: str, stops: list[str]) -> str:
+    """The definition: the longest prefix that no stop string can still claim, whatever follows."""
+    cut, matched = slow_cut(text, stops)
+    if matched is not None:
+        return cut
+    claimable = [i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in stops)]
+    return text[: min(claimable, default=len(text))]
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
@@ -64,16 +74,28 @@ def test_bytes_that_are_no_text_are_shown_as_replacement_characters_and_cut_alik
     assert ("".join(released), matched) == slow_cut(data.decode(errors="replace"), stops)
 
 
-@given(texts, stop_lists)
-def test_no_more_is_held_back_than_may_become_a_stop_string(text, stops):
-    pieces = [char.encode() for char in text]
-    released, _ = stream(pieces, stops)
-    for i in range(1, len(released)):
-        seen, shown = text[:i], "".join(released[:i])
-        if slow_cut(seen, stops)[1] is not None:
-            break
-        held = max((n for stop in stops for n in range(len(stop)) if seen.endswith(stop[:n])), default=0)
-        assert len(shown) == len(seen) - held
+@given(st.binary(max_size=40) | texts.map(str.encode), stop_lists, st.lists(st.integers(0, 200), max_size=40))
+def test_after_every_token_the_longest_prefix_is_out_that_no_stop_string_can_still_claim(data, stops, places):
+    pieces = cut(data, places)
+    *released, _ = stream(pieces, stops)[0]
+    for i in range(1, len(released) + 1):
+        certain = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(b"".join(pieces[:i]))
+        assert "".join(released[:i]) == slow_shown(certain, stops)
+
+
+@given(texts, stop_lists, st.lists(st.integers(0, 200), max_size=40), st.integers(0, 10))
+def test_text_of_the_first_tokens_belongs_to_no_stop_string(text, stops, places, num_free):
+    pieces = cut(text.encode(), places)
+    released, matched = stream(pieces, stops, num_free=num_free)
+    free = b"".join(pieces[:num_free]).decode(errors="ignore")
+    rest, expected = slow_cut(text[len(free) :], stops)
+    assert ("".join(released), matched) == (free + rest, expected)
+    assert "".join(released[:num_free]) == free
+
+
+def test_the_remains_of_an_unfinished_character_belong_to_the_last_token():
+    assert stream([b"a", b"\xe2\x82"], ["\ufffd"], num_free=2) == (["a", "", "\ufffd"], None)
+    assert stream([b"a", b"\xe2\x82"], ["\ufffd"], num_free=1) == (["a", "", ""], "\ufffd")
 
 
 def test_a_stop_string_may_span_tokens_and_is_trimmed():
