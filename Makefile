@@ -1,13 +1,14 @@
-# make serve | train | test | test-fast | check. Each sets up all it needs in .venv; `PYTHON=python3.12 make serve` picks
-# another interpreter.
+# make serve | train | test | test-fast | check | bench | soak. Each sets up all it needs in .venv;
+# `PYTHON=python3.12 make serve` picks another interpreter.
 PYTHON ?= python3
 BUNDLE ?= bundles/default
 PORT ?= 8000
 CONFIG ?= configs/quickstart.toml
+MINUTES ?= 60
 
 RUN = .venv/bin/python
 
-.PHONY: serve train test test-fast check clean
+.PHONY: serve train test test-fast check bench soak clean
 
 serve: .venv
 	@$(RUN) -m server --bundle $(BUNDLE) --port $(PORT)
@@ -25,6 +26,13 @@ check: .venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench: .venv
+	$(RUN) -m benchmarks.load --bundle $(BUNDLE)
+	$(RUN) -m benchmarks.stall --bundle $(BUNDLE)
+
+soak: .venv
+	@$(RUN) -m benchmarks.soak --bundle $(BUNDLE) --minutes $(MINUTES)
 
 clean:
 	rm -rf .venv .cache build *.egg-info

@@ -90,9 +90,9 @@ class ReplyParser:
 
     def _read_head(self, head: bytes) -> None:
         first, *lines = head.split(b"\r\n")
-        version, status, *_ = first.split(b" ")
-        if not version.startswith(b"HTTP/1."):
+        if not first.startswith(b"HTTP/1."):
             raise ValueError(f"not HTTP: {first[:40]!r}")
+        status = first.split(b" ")[1]
         pairs = (line.split(b":", 1) for line in lines)
         headers = {name.lower(): value.strip() for name, value in pairs}
         self._reply.status, self._reply.headers = int(status), headers

@@ -134,7 +134,7 @@ class Crowd:
                 except OSError:
                     reply.error, reply.ended = "no connection", time.perf_counter()
                 if reply.problem:
-                    await asyncio.sleep(self._pause_s)
+                    await asyncio.sleep(self._pause_s * np.random.uniform(0.5, 1.5))  # not all at once
         finally:
             if connection is not None:
                 connection.leave()

@@ -124,15 +124,16 @@ async def overload(address: Address, prompts: list[list[int]], args: argparse.Na
         await crowd.until_busy(8)
         windows = await alternate(others, args=args, label="ten times more clients")
         replies.extend(crowd.replies)
-    row = {name: pooled(replies, spans) for name, spans in windows.items()}
-    refused = [one for one in replies if one.status in (429, 503) and one.ended]
+    row = {name: pooled(replies, some) for name, some in windows.items()}
+    spans = windows["with"]
+    refused = [one for one in replies if one.status in (429, 503) and any(a <= one.sent < b for a, b in spans)]
     seconds = np.array([one.ended - one.sent for one in refused])
     bare = sum(b"retry-after" not in one.headers for one in refused)
     return {
         **row,
         "overload_tokens_per_s_over_without": round(row["with"]["tokens_per_s"] / row["without"]["tokens_per_s"], 3),
         "refusals": len(refused),
-        "refusals_per_s": round(len(refused) / sum(end - start for start, end in windows["with"]), 1),
+        "refusals_per_s": round(len(refused) / sum(end - start for start, end in spans), 1),
         "refusals_without_retry_after": bare,
         "refusal_ms": {**spread(seconds), "max": round(float(seconds.max()) * 1e3, 3) if len(refused) else None},
         "problems": sorted({one.problem for one in replies} - {"", "429", "503"}),
