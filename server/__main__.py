@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from model.bundle import Bundle, BundleError, open_bundle
 from server.api import create_app
 from server.config import ConfigError, Settings, describe_settings, load_settings, wants_print_config
+from server.garbage import settle_garbage
 from server.link import EngineLink
 from server.logs import log_to_stderr
 from server.messages import FROM_BUNDLE
@@ -91,6 +92,7 @@ async def serve(settings: Settings, *, bundle: Bundle, link: Link, listener: soc
         await starting  # raises where the engine could not even be tried
     if starting.done() and link.state != "failed":
         print(banner(settings, bundle=bundle, link=link, port=listener.getsockname()[1]), flush=True)
+        settle_garbage()
     await _until(lambda: link.state == "failed" or server.num_signals > 0)
     failed = link.state == "failed"
     starting.cancel()
@@ -135,6 +137,7 @@ class _Server(uvicorn.Server):
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,  # nothing here looks at the client's address
                 server_header=False,
                 timeout_graceful_shutdown=LAST_WRITES_S,
             )

@@ -6,10 +6,12 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from model.bundle import Bundle
 from server import openapi
 from server.config import Settings
+from server.connection import FIRST_SEND
 from server.errors import MalformedRequest, MethodNotAllowed, NotFound, ServerError, error_reply, retry_headers
 from server.generate import generate_router
 from server.health import health_router
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def create_app(*, settings: Settings, bundle: Bundle, link: Link) -> FastAPI:
     """The HTTP side of a server whose engine is at the other end of `link`. Neither starts nor stops it."""
-    app = FastAPI(
+    app = Application(
         title="allattn",
         version=package_version(),
         summary="An all-attention language model over HTTP",
@@ -51,6 +53,15 @@ def create_app(*, settings: Settings, bundle: Bundle, link: Link) -> FastAPI:
     app.add_middleware(RequestLog, answer=answer)
     _install_errors(app, answer=answer)
     return app
+
+
+class Application(FastAPI):
+    """FastAPI, but the server's own `send` is kept for the events of streams."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        scope[FIRST_SEND] = send
+        await super().__call__(scope, receive, send)
 
 
 def _install_keys(app: FastAPI, *, settings: Settings, answer: Answer) -> None:

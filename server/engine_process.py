@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from server.engine import Engine
+from server.garbage import settle_garbage
 from server.logs import log_to_stderr
 from server.messages import Cancel, Died, EngineOptions, FromEngine, Generate, Heartbeat, Ready, Sampling, Score
 from server.pipe import End, EngineEnd, Heard
@@ -63,6 +64,7 @@ class EngineProcess:
             prefill_ms=options.prefill_ms,
         )
         warm_up(engine)
+        settle_garbage()
         self._say(ready(runner, batch_invariant=batch_invariant, warm_up_s=time.monotonic() - begun))
         return engine
 

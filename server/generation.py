@@ -63,6 +63,7 @@ class Generation:
         self._live = live
         self._service = service
         self._sequence = sequence
+        self._tells_logprobs = plan.logprobs
         self._eos_id = service.tokenizer.eos_id
         self._end_ids = frozenset(plan.sampling.end_ids)
         self._end_token: int | None = None
@@ -148,12 +149,11 @@ class Generation:
                 events.append(await self._last_event(await self._ending(), last=event))
                 break
             events.append(event)
-        self._observe(self.num_tokens - num_before, now=now)
+        if self.num_tokens != num_before:
+            self._observe(self.num_tokens - num_before, now=now)
         return events
 
     def _observe(self, num_tokens: int, *, now: float) -> None:
-        if not num_tokens:
-            return
         metrics, waited = self._service.metrics, now - self._taken_at
         self._taken_at = now
         if num_tokens == self.num_tokens:
@@ -185,7 +185,7 @@ class Generation:
         else:
             text = self._text.add(token)
             self._pieces.append(text)
-        info = TokenInfo(token, text, logprob if self.plan.logprobs else None, token == self._eos_id)
+        info = TokenInfo(token, text, logprob if self._tells_logprobs else None, token == self._eos_id)
         return GenerateEvent(
             self.num_tokens, info, None, None, self._sequence, self._top(message) if message.top else UNSET
         )

@@ -67,6 +67,7 @@ class Metrics:
 
     def observe_step(self, step: Step) -> None:
         """One step of the engine, as it tells it. Steps without work are not counted."""
+        self._new_tokens.inc(len(step.tokens))
         if not step.num_decoded and not step.num_prefilled:
             return
         phase = "mixed" if step.num_decoded and step.num_prefilled else "decode" if step.num_decoded else "prefill"
@@ -77,12 +78,10 @@ class Metrics:
     def observe_first_token(self, seconds: float) -> None:
         """Since the sequence was admitted."""
         self._first_token.observe(seconds)
-        self._new_tokens.inc()
 
     def observe_next_tokens(self, seconds: float, num_tokens: int) -> None:
         """So many tokens of one sequence have come at once, `seconds` after those before."""
         self._token_gap.observe(seconds / num_tokens, num_tokens)
-        self._new_tokens.inc(num_tokens)
 
     def count_finished(
         self, finish_reason: str, *, seconds: float, queue_s: float, prompt_tokens: int = 0, scored_tokens: int = 0

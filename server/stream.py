@@ -38,8 +38,8 @@ class Stream:
 
     async def take(self) -> list[Message]:
         """All that is there, at least one message. Not to be called after the ending has been taken."""
-        if not self._unread:
-            await self._wait()
+        while not self._unread:
+            await self._arrival()
         messages, self._unread = self._unread, []
         return messages
 
@@ -48,20 +48,18 @@ class Stream:
 
     async def __anext__(self) -> Message:
         """One message at a time; for those who can afford it."""
-        if not self._unread:
+        while not self._unread:
             if self._complete:
                 raise StopAsyncIteration
-            await self._wait()
+            await self._arrival()
         return self._unread.pop(0)
 
-    async def _wait(self) -> None:
+    def _arrival(self) -> asyncio.Future[None]:
+        """Done once there is something; a future and not a coroutine, for it is waited for once a token."""
         assert not self._complete, "nothing comes after the ending"
-        assert self._waiter is None, "a stream has one consumer"
+        assert self._waiter is None or self._waiter.done(), "a stream has one consumer"
         self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
 
 def untimed_ending(sequence: str, finish_reason: str, *, error: str = "") -> Ended:

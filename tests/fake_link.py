@@ -109,9 +109,10 @@ class FakeLink:
             if ending.done():
                 break
             token = self.script[(first + i) % len(self.script)]
+            said = Token(name, token, -0.5 - place / 8, _top([token], sampling.num_top)[0])
             if self.on_step is not None:
-                self.on_step(Step(num_decoded=1, seconds=0.001))
-            yield Token(name, token, -0.5 - place / 8, _top([token], sampling.num_top)[0])
+                self.on_step(Step(tokens=(said,), num_decoded=1, seconds=0.001))
+            yield said
             if token in sampling.end_ids and i + 1 >= sampling.min_new_tokens:
                 self._end(name, Ended(name, "eos_token", TIMINGS))
         self._end(name, Ended(name, "length", TIMINGS))
