@@ -27,6 +27,9 @@ from server.sequence import Runner
 HEARTBEAT_S = 0.5  # at least so often the process says that its loop turns
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+# Above that of the API process: it has little to do, and whoever waits for it waits for a stream or a refusal.
+ENGINE_NICENESS = 5
+
 log = logging.getLogger("server.engine_process")  # __name__ is __main__ here
 
 
@@ -147,6 +150,7 @@ def die_with(parent: int) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the engine that `argv` describes; returns the exit status."""
+    os.nice(ENGINE_NICENESS)
     descriptor, parent, options = argv
     die_with(int(parent))
     # Signals of a terminal or a service manager go to both processes, and the API process decides. Handlers and not

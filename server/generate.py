@@ -71,6 +71,7 @@ async def _answer(request: Request, *, service: Service, always_stream: bool) ->
 
 async def _start(request: Request, *, service: Service, always_stream: bool) -> _Started:
     """Admit all sequences of a request or none. Raises as `parse`, `_plans` and the service do."""
+    service.check_admission(1)  # before the work of reading
     raw = await read_body(request, max_bytes=service.settings.max_body_bytes)
     body = await beside_the_loop(lambda: parse(raw, model=GenerateRequest), size=len(raw))
     if body.request_id is not None:

@@ -57,6 +57,7 @@ async def _answer(request: Request, *, service: Service) -> Response:
 
 async def _start(request: Request, *, service: Service) -> _Started:
     """Admit all sequences of a request or none. Raises as `parse`, `_documents` and the service do."""
+    service.check_admission(1)  # before the work of reading
     raw = await read_body(request, max_bytes=service.settings.max_body_bytes)
     body = await beside_the_loop(lambda: parse(raw, model=ScoreRequest), size=len(raw))
     if body.request_id is not None:
