@@ -5,6 +5,7 @@ merges whose ids are the byte values), so other programs read the same ids. Know
 """
 
 import codecs
+import contextlib
 import json
 import re
 from abc import ABC
@@ -262,7 +263,11 @@ class StreamingDecoder:
         Raises:
             TokenizerError: the id is out of range; the decoder is as it was before.
         """
-        return self._decoder.decode(self._tokenizer.token_bytes(id))
+        data = self._tokenizer.token_bytes(id)
+        if not self._decoder.buffer:  # no character is begun: most tokens are whole ones, and this is their fast way
+            with contextlib.suppress(UnicodeDecodeError):
+                return data.decode()
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """U+FFFD for a character that was never completed, else "". The decoder is then as new."""

@@ -5,12 +5,12 @@ Knows no model and no endpoint.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge, InternalError, MalformedRequest, ServerError, error_reply
 from server.replies import frame
@@ -22,7 +22,7 @@ FIRST_SEND = "allattn.send"
 INLINE_BYTES = 1 << 14  # reading less takes under a millisecond, as long as moving it to a thread
 
 Result = TypeVar("Result")
-SendEvents = Callable[[bytes], Awaitable[None]]
+SendEvents = Callable[[bytes], Coroutine[Any, Any, None]]
 Job = Callable[[SendEvents], Coroutine[Any, Any, None]]
 
 
@@ -95,9 +95,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the headers, the events as they come, and the end. A failure on the way is one last error event."""
 
-        send_on: Send = scope.get(FIRST_SEND, send)
+        send_on: Callable[[Message], Coroutine[Any, Any, None]] = scope.get(FIRST_SEND, send)
 
-        def send_events(data: bytes) -> Awaitable[None]:
+        def send_events(data: bytes) -> Coroutine[Any, Any, None]:
             return send_on({"type": "http.response.body", "body": data, "more_body": True})
 
         pings = asyncio.create_task(self._ping(send_events))

@@ -5,12 +5,14 @@ The plain reply is folded from the same events as the stream, so the two cannot 
 
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
+from server.eager import Rest, begin
 from server.errors import RequestTimeout
 from server.messages import Ended, Scores, Token
 from server.plans import GenerationPlan
@@ -19,7 +21,7 @@ from server.replies import Details, FinishReason, GenerateEvent, GenerateReply, 
 from server.service import LiveSequence, Service
 from server.text import OutputText
 
-Send = Callable[[bytes], Awaitable[None]]
+Send = Callable[[bytes], Coroutine[Any, Any, None]]
 
 
 def start_generations(
@@ -69,7 +71,7 @@ class Generation:
         self._end_token: int | None = None
         self._text = OutputText(service.tokenizer, stops=plan.stops, num_free=plan.sampling.min_new_tokens)
         self._pieces = [plan.echo]
-        self._taken_at = live.submitted
+        self._is_plain = not plan.stops and not plan.prompt_scores  # only the engine knows when it ends
         self._is_closed = False
 
     @property
@@ -90,9 +92,28 @@ class Generation:
         try:
             while self.details is None:
                 if events := await self._next_events():
-                    await send(frame(events[0]) if len(events) == 1 else b"".join(map(frame, events)))
+                    await send(b"".join(map(frame, events)))
+                if self.details is None and self._is_plain:
+                    await self._run_ahead(send)
         finally:
             self.close()
+
+    async def _run_ahead(self, send: Send) -> None:
+        """Send tokens in the turn in which they come, as long as they end nothing and the client keeps up."""
+        rest: Rest | None = None
+
+        def take(message: Token) -> bool:
+            nonlocal rest
+            if message.token in self._end_ids or self.num_tokens + 1 == self.plan.max_new_tokens:
+                return False
+            rest = begin(send(frame(self._event(message))))
+            if rest is not None:
+                self._live.wake()
+            return True
+
+        await self._live.pour(take)
+        if rest is not None:
+            await rest
 
     async def fold(self, *, details: bool) -> GenerateReply:
         """Run to the end and answer plainly. Raises as `run` does."""
@@ -149,18 +170,9 @@ class Generation:
                 events.append(await self._last_event(await self._ending(), last=event))
                 break
             events.append(event)
-        if self.num_tokens != num_before:
-            self._observe(self.num_tokens - num_before, now=now)
+        if self.num_tokens and not num_before:
+            self._service.metrics.observe_first_token(now - self._live.submitted)
         return events
-
-    def _observe(self, num_tokens: int, *, now: float) -> None:
-        metrics, waited = self._service.metrics, now - self._taken_at
-        self._taken_at = now
-        if num_tokens == self.num_tokens:
-            metrics.observe_first_token(waited)
-            num_tokens, waited = num_tokens - 1, 0.0
-        if num_tokens:
-            metrics.observe_next_tokens(waited, num_tokens)
 
     @property
     def _is_complete(self) -> bool:

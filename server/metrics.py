@@ -1,5 +1,6 @@
 """What the server counts, for Prometheus. Names and meanings are vLLM's where it has them. Knows no request."""
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -48,6 +49,7 @@ class Metrics:
             "allattn_inter_token_latency_seconds", "Between two tokens of a sequence.", bounds=TIME_BUCKETS
         )
         self._registry.register(self._token_gap)
+        self._stepped = time.perf_counter()
         self._queue_time = self._time("request_queue_time_seconds", "Waiting for a row.")
         self._latency = self._time("e2e_request_latency_seconds", "From admission to the ending.")
         self._step = self._time("step_duration_seconds", "One step of the engine.", "phase")
@@ -66,7 +68,15 @@ class Metrics:
         instrumentator.instrument(app).expose(app, tags=["others"])
 
     def observe_step(self, step: Step) -> None:
-        """One step of the engine, as it tells it. Steps without work are not counted."""
+        """One step of the engine, as it is heard of. Steps without work are not counted.
+
+        A row that decodes had its token before in the step before, so the time between two steps is that between two
+        tokens of each of its rows.
+        """
+        now = time.perf_counter()
+        if step.num_decoded:
+            self._token_gap.observe(now - self._stepped, step.num_decoded)
+        self._stepped = now
         self._new_tokens.inc(len(step.tokens))
         if not step.num_decoded and not step.num_prefilled:
             return
@@ -78,10 +88,6 @@ class Metrics:
     def observe_first_token(self, seconds: float) -> None:
         """Since the sequence was admitted."""
         self._first_token.observe(seconds)
-
-    def observe_next_tokens(self, seconds: float, num_tokens: int) -> None:
-        """So many tokens of one sequence have come at once, `seconds` after those before."""
-        self._token_gap.observe(seconds / num_tokens, num_tokens)
 
     def count_finished(
         self, finish_reason: str, *, seconds: float, queue_s: float, prompt_tokens: int = 0, scored_tokens: int = 0

@@ -27,6 +27,14 @@ class SequenceStream(Protocol):
         """All messages that are there, at least one. Exactly one Ended, the last, whatever happens."""
         ...
 
+    async def pour(self, sink: Callable[[Token], bool]) -> None:
+        """Give tokens to `sink` at once, until something comes that it does not take, or `wake` is called."""
+        ...
+
+    def wake(self) -> None:
+        """Make `pour` return."""
+        ...
+
 
 class Link(Protocol):
     """The engine as the API process sees it."""
@@ -190,6 +198,14 @@ class LiveSequence:
                 down = self._service.link.state in ("restarting", "failed")
                 raise (EngineDown if down else InternalError)(f"the engine gave up: {last.error}")
         return messages
+
+    async def pour(self, sink: Callable[[Token], bool]) -> None:
+        """Let `sink` have the tokens as they come, until there is something else to `take`, or at `wake`."""
+        await self._stream.pour(sink)
+
+    def wake(self) -> None:
+        """Make `pour` return."""
+        self._stream.wake()
 
     async def __aiter__(self) -> AsyncIterator[Said]:
         """The messages one by one. Raises as `take` does."""

@@ -111,7 +111,7 @@ class FakeLink:
             token = self.script[(first + i) % len(self.script)]
             said = Token(name, token, -0.5 - place / 8, _top([token], sampling.num_top)[0])
             if self.on_step is not None:
-                self.on_step(Step(tokens=(said,), num_decoded=1, seconds=0.001))
+                self.on_step(Step(tokens=(said,), num_decoded=min(i, 1), num_prefilled=int(i == 0), seconds=0.001))
             yield said
             if token in sampling.end_ids and i + 1 >= sampling.min_new_tokens:
                 self._end(name, Ended(name, "eos_token", TIMINGS))

@@ -337,3 +337,16 @@ def test_whatever_happens_every_sequence_ends_once_and_reads_only_its_own_tokens
         else:
             expected, found = [-n / 8 for n in range(1, len(tokens))], log.scores.get(name, [])
         assert found == (expected[: len(found)] if cancelled else expected)
+
+
+def test_the_row_of_a_cancelled_sequence_serves_the_next_one_in_the_next_step():
+    engine = Engine(FakeRunner(1))
+    engine.submit(generate("a", [1], max_new_tokens=500))
+    engine.submit(generate("b", [1], max_new_tokens=1))
+    log = Log()
+    for _ in range(5):
+        log.add(engine.step())
+    engine.cancel("a")
+    log.add(engine.step())
+    assert log.ended["a"].finish_reason == "cancelled"
+    assert log.ended["b"].finish_reason == "length"

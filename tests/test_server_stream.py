@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from server.messages import Ended, Token
-from server.stream import Stream
+from server.stream import Stream, untimed_ending
 
 pytestmark = pytest.mark.anyio
 
@@ -49,3 +49,47 @@ async def test_a_consumer_that_gave_up_waiting_can_come_back():
         await asyncio.wait_for(stream.take(), 0.01)
     stream.put(Token("a", 1, 0.0))
     assert len(await stream.take()) == 1
+
+
+async def test_tokens_are_poured_in_the_turn_in_which_they_come():
+    stream, poured = Stream(max_behind=9), []
+    pouring = asyncio.create_task(stream.pour(lambda token: poured.append(token.token) or len(poured) < 3))
+    await asyncio.sleep(0)
+    for number in (1, 2):
+        assert stream.put(Token("a", number, 0.0))
+    assert poured == [1, 2]
+    assert not pouring.done()
+    stream.put(Token("a", 3, 0.0))  # the sink does not take it
+    stream.put(Token("a", 4, 0.0))  # so this one must not overtake it
+    await pouring
+    assert [message.token for message in await stream.take()] == [3, 4]
+    assert poured == [1, 2, 3]
+
+
+async def test_what_is_no_token_ends_the_pouring_and_is_there_to_be_taken():
+    stream, last = Stream(max_behind=9), untimed_ending("a", "length")
+    pouring = asyncio.create_task(stream.pour(lambda token: True))
+    await asyncio.sleep(0)
+    stream.put(last)
+    await pouring
+    assert await stream.take() == [last]
+
+
+async def test_nothing_is_poured_past_what_is_unread():
+    stream = Stream(max_behind=9)
+    stream.put(Token("a", 1, 0.0))
+    await stream.pour(lambda token: True)
+    assert [message.token for message in await stream.take()] == [1]
+
+
+async def test_a_sink_that_fails_fails_its_consumer_and_nobody_else():
+    def fail(token: Token) -> bool:
+        raise ValueError("no such token")
+
+    stream = Stream(max_behind=9)
+    pouring = asyncio.create_task(stream.pour(fail))
+    await asyncio.sleep(0)
+    assert stream.put(Token("a", 1, 0.0))
+    assert stream.put(Token("a", 2, 0.0))
+    with pytest.raises(ValueError, match="no such token"):
+        await pouring
