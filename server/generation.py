@@ -71,7 +71,7 @@ class Generation:
         self._end_token: int | None = None
         self._text = OutputText(service.tokenizer, stops=plan.stops, num_free=plan.sampling.min_new_tokens)
         self._pieces = [plan.echo]
-        self._is_plain = not plan.stops and not plan.prompt_scores  # only the engine knows when it ends
+        self._is_plain = not plan.stops and not plan.prompt_scores  # no text can end it, and nothing comes before it
         self._is_closed = False
 
     @property
