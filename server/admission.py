@@ -37,8 +37,8 @@ class Admission:
         self._endings: deque[float] = deque(maxlen=RATE_WINDOW)
         self._clock = clock
 
-    def check(self, num_sequences: int, *, num_tokens: int) -> None:
-        """Refuse so many sequences of so many prompt tokens.
+    def check(self, num_sequences: int, *, num_tokens: int, field: str = "inputs") -> None:
+        """Refuse so many sequences of so many prompt tokens. `field` is what asks for so many.
 
         A request is never refused for its tokens while nothing else waits, or it would never be served.
 
@@ -48,7 +48,8 @@ class Admission:
         """
         if num_sequences > self.max_sequences:
             raise InvalidField(
-                f"inputs: {num_sequences} sequences are not allowed; at most {self.max_sequences}", param="inputs"
+                f"{field}: {num_sequences} sequences are not allowed; at most {self.max_sequences}",
+                param=field.partition(",")[0],
             )
         excess = self.num_live + num_sequences - self.max_sequences
         if excess > 0:

@@ -12,7 +12,17 @@ from model.bundle import Bundle
 from server import openapi
 from server.config import Settings
 from server.connection import FIRST_SEND
-from server.errors import MalformedRequest, MethodNotAllowed, NotFound, ServerError, error_reply, retry_headers
+from server.errors import (
+    MalformedRequest,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    RequestError,
+    ServerError,
+    error_reply,
+    retry_headers,
+    shorten,
+)
 from server.generate import generate_router
 from server.health import health_router
 from server.keys import others_can_read
@@ -42,6 +52,7 @@ def create_app(*, settings: Settings, bundle: Bundle, link: Link) -> FastAPI:
         summary="An all-attention language model over HTTP",
         docs_url=None,  # openapi.install has its own
         redoc_url=None,
+        redirect_slashes=False,
     )
     service = Service(settings, bundle=bundle, link=link)
     for router in ROUTERS:
@@ -79,7 +90,8 @@ def _answers(metrics: Metrics) -> Answer:
     """The function that turns an error into the answer to a request, and counts it."""
 
     def answer(request: Request, error: ServerError) -> Response:
-        metrics.count_rejected(error.code)
+        if isinstance(error, RequestError | Overloaded):  # all others were admitted, and are counted by their ending
+            metrics.count_rejected(error.code)
         request_id = request.state.request_id
         body = msgspec.json.encode(error_reply(error, request_id=request_id))
         headers = retry_headers(error)
@@ -99,9 +111,12 @@ def _install_errors(app: FastAPI, *, answer: Answer) -> None:
     async def routing(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 404:
-            return answer(request, NotFound(f"there is no {path}; /docs lists what there is"))
+            return answer(request, NotFound(f"there is no {shorten(path)}; /docs lists what there is"))
         if error.status_code == 405:
-            return answer(request, MethodNotAllowed(f"{request.method} {path} is not possible; /docs lists what is"))
+            why = f"{request.method} {shorten(path)} is not possible; /docs lists what is"
+            reply = answer(request, MethodNotAllowed(why))
+            reply.headers.update(error.headers or {})  # Allow
+            return reply
         return answer(request, MalformedRequest(error.detail))
 
     @app.exception_handler(ClientDisconnect)

@@ -34,7 +34,7 @@ class ConfigError(ValueError):
 class Settings(BaseModel):
     """Everything one can say to `python -m server`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
     bundle: Path = Field(default=Path("bundles/default"), description="directory of the model to serve")
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")

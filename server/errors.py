@@ -153,6 +153,11 @@ def shown(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = repr(value)
+    return shorten(text)
+
+
+def shorten(text: str) -> str:
+    """Cut to a length that fits a message."""
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -81,7 +81,8 @@ async def _start(request: Request, *, service: Service, always_stream: bool) -> 
     asked, stream = body.parameters, body.stream or always_stream
     asked.check_reply(stream=stream)
     num_sequences = num_inputs(body.inputs) * asked.num_sequences
-    service.check_admission(num_sequences, num_tokens=len(raw))  # before the work of tokenising
+    field = "inputs" if asked.num_sequences == 1 else "inputs, each of n or best_of sequences"
+    service.check_admission(num_sequences, num_tokens=len(raw), field=field)  # before the work of tokenising
     timeout_s = service.deadline(body.timeout_s)
     plans = await beside_the_loop(lambda: _plans(body, tokenizer=service.tokenizer, timeout_s=timeout_s), size=len(raw))
     is_list = is_list_of_inputs(body.inputs) or asked.n > 1

@@ -208,7 +208,8 @@ class Generation:
 
     async def _last_event(self, ended: Ended, *, last: GenerateEvent | None) -> GenerateEvent:
         """That of the ending. `last`: the event of the last token, if the ending is told with it."""
-        if ended.finish_reason == "timeout" and not self.num_tokens:
+        alone = self._sequence is UNSET  # of a list, the others may have something to tell
+        if ended.finish_reason == "timeout" and not self.num_tokens and alone:
             raise RequestTimeout(f"no token was generated within the {self.plan.timeout_s} s of timeout_s")
         rest = self._text.finish()
         self._pieces.append(rest)

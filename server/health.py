@@ -55,7 +55,7 @@ def health_router(service: Service) -> APIRouter:
     async def info() -> dict[str, Any]:
         return _info(service)
 
-    @router.get("/model/spans", summary="How far each head of each layer looks back, in tokens")
+    @router.get("/model/spans", summary="How far each head looks back", responses=openapi.errors(*openapi.UNAVAILABLE))
     async def spans() -> dict[str, Any]:
         return _spans(service)
 

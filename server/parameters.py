@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
-from server.errors import InvalidField
+from server.errors import InvalidField, shorten
 from server.schemas import Inputs, RequestBody, RequestId, TimeoutS, TokenId
 
 MAX_STOP_CHARS = 65536  # of all stop strings together; building their automaton takes about 1 us a character
@@ -30,7 +30,7 @@ def _read_bias(value: Any) -> dict[int, float]:
             param="parameters.logit_bias",
         )
     for key, bias in value.items():
-        field = f"parameters.logit_bias.{key}"
+        field = f"parameters.logit_bias.{shorten(str(key))}"
         if not _ID.fullmatch(str(key)):
             raise InvalidField.of(field, value=key, allowed="it should be a token id, digits without leading zeros")
         if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:  # NaN is in no range

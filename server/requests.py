@@ -30,7 +30,7 @@ def requests_router(service: Service) -> APIRouter:
     """The endpoint that cancels."""
     router = APIRouter(tags=["generate"])
 
-    @router.delete("/requests/{request_id}", summary="Cancel a request", **_DOCS)
+    @router.delete("/requests/{request_id:path}", summary="Cancel a request", **_DOCS)
     async def cancel(request_id: str) -> Response:
         cancelled = service.cancel(request_id)
         if not cancelled:

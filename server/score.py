@@ -62,7 +62,8 @@ async def _start(request: Request, *, service: Service) -> _Started:
     body = await beside_the_loop(lambda: parse(raw, model=ScoreRequest), size=len(raw))
     if body.request_id is not None:
         request.state.request_id = body.request_id
-    service.check_admission(body.num_replies, num_tokens=len(raw))  # before the work of tokenising
+    field = "inputs" if body.continuations is None else "continuations"
+    service.check_admission(body.num_replies, num_tokens=len(raw), field=field)  # before the work of tokenising
     documents = await beside_the_loop(lambda: _documents(body, tokenizer=service.tokenizer), size=len(raw))
     plans = _plans(documents, body=body)
     timeout_s, extras = service.deadline(body.timeout_s), body.extras

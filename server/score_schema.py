@@ -62,6 +62,8 @@ class ScoreRequest(RequestBody):
     return_: list[Literal["tokens", "top", "entropy", "memory_share"]] = Field(
         default=[],
         alias="return",
+        max_length=4,
+        fail_fast=True,
         description="tokens: every token's own figures; with each of them, "
         "top: the most probable tokens in its place, "
         "entropy: that of the distribution it was scored under, in nats, "

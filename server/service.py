@@ -126,7 +126,7 @@ class Service:
             return EngineDown(f"the engine has not answered for {link.heartbeat_age_s:.0f} s")
         return None
 
-    def check_admission(self, num_sequences: int, *, num_tokens: int = 0) -> None:
+    def check_admission(self, num_sequences: int, *, num_tokens: int = 0, field: str = "inputs") -> None:
         """Refuse a request of so many sequences and, at most, so many prompt tokens.
 
         Raises:
@@ -136,7 +136,7 @@ class Service:
         """
         if error := self.unavailable():
             raise error
-        self.admission.check(num_sequences, num_tokens=num_tokens)
+        self.admission.check(num_sequences, num_tokens=num_tokens, field=field)
 
     def submit(self, messages: Sequence[Generate | Score], *, request_id: str) -> list["LiveSequence"]:
         """Admit all sequences of a request or none, each of `ids` in order. Raises as `check_admission` does."""

@@ -196,3 +196,16 @@ async def test_a_shutdown_ends_a_stream_with_what_was_held_back():
     assert "".join(event["token"]["text"] for event in events) == "Th"
     assert (last["index"], last["token"], last["generated_text"]) == (5, None, "The c")
     assert last["details"]["finish_reason"] == "shutdown"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_of_a_list_each_text_says_that_its_time_was_up(stream):
+    link = make_link(hang_after=0)
+    async with make_client(link) as client:
+        body = {"inputs": ["a", "b"], "stream": stream, "parameters": {"details": True}}
+        request = asyncio.create_task(client.post("/generate", json=body))
+        await eventually(lambda: link.num_hanging == 2)
+        link.end_all("timeout")
+        reply = await request
+    answers = read_events(reply.text) if stream else reply.json()
+    assert [(one["generated_text"], one["details"]["finish_reason"]) for one in answers] == [("", "timeout")] * 2

@@ -313,3 +313,18 @@ async def test_a_log_line_has_counts_and_no_text(caplog):
 def test_the_http_side_never_imports_torch():
     code = "import sys, server.api; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0
+
+
+async def test_a_wrong_method_names_the_right_one_and_no_path_is_redirected():
+    async with make_client(make_link()) as client:
+        assert (await client.get("/generate")).headers["allow"] == "POST"
+        check_error(await client.post("/generate/", json={"inputs": "a"}), 404, code="not_found")
+
+
+async def test_a_request_is_cancelled_by_any_id_it_may_have():
+    link = make_link(hang_after=1)
+    async with make_client(link) as client:
+        request = asyncio.create_task(client.post("/generate", json={"inputs": "a", "request_id": "a/b?c"}))
+        await eventually(lambda: link.num_hanging)
+        assert (await client.delete("/requests/a%2Fb%3Fc")).json()["cancelled"] == 1
+        assert (await request).status_code == 200

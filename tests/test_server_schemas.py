@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from server.errors import InvalidField, MalformedRequest, RequestError
 from server.parameters import MAX_BEST_OF, MAX_IDS, MAX_STOP_CHARS, GenerateRequest, Parameters
 from server.schemas import parse
+from server.score_schema import ScoreRequest
 
 
 def generate(**body: Any) -> GenerateRequest:
@@ -279,4 +281,41 @@ def test_what_is_not_json_is_malformed(body):
 @pytest.mark.parametrize("body", [b"[]", b"3", b"null"])
 def test_a_body_that_is_no_object_is_refused(body):
     with pytest.raises(InvalidField, match="body"):
+        parse(body, model=GenerateRequest)
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "param"),
+    [
+        (ScoreRequest, {"inputs": "a", "return": [1] * 300_000}, "return"),
+        (ScoreRequest, {"inputs": "a", "return": ["top"] * 300_000}, "return"),
+        (GenerateRequest, {"inputs": "a"} | {f"x{i}": 1 for i in range(100_000)}, "x0"),
+        (GenerateRequest, {"inputs": "a", "parameters": {f"x{i}": 1 for i in range(100_000)}}, "parameters.x0"),
+    ],
+)
+def test_a_million_faults_give_one_complaint_and_not_a_million_objects(model, body, param):
+    raw = json.dumps(body).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidField) as refused:
+            parse(raw, model=model)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert refused.value.param.startswith(param)
+    assert peak < 40e6
+
+
+def test_a_long_name_is_cut_in_the_complaint_about_it():
+    for body in ({"inputs": "a", "k" * 10_000: 1}, {"inputs": "a", "parameters": {"logit_bias": {"k" * 10_000: 1}}}):
+        with pytest.raises(InvalidField) as refused:
+            parse(json.dumps(body).encode(), model=GenerateRequest)
+        assert len(refused.value.message) < 400
+        assert len(refused.value.param) < 100
+
+
+@pytest.mark.parametrize("value", ["3", 2.5, 0, True])
+def test_a_number_of_another_type_is_told_the_range_too(value):
+    body = json.dumps({"inputs": "a", "parameters": {"max_new_tokens": value}}).encode()
+    with pytest.raises(InvalidField, match="at least 1 and at most 2147483647"):
         parse(body, model=GenerateRequest)
