@@ -184,8 +184,7 @@ def _judge_stream(case: Case, events: list[dict[str, Any]], *, outage: bool) -> 
         if case.is_slow or (case.timed and code == "timeout"):
             return "cut off" if case.is_slow else code
         return "engine error" if outage else f"lost: error event, {code}"
-    texts: dict[int, str] = defaultdict(str)
-    reasons = {}
+    texts, reasons = defaultdict[int, str](str), dict[int, str]()
     for event in events:
         number = event.get("sequence", 0)
         if number in reasons:
@@ -193,7 +192,8 @@ def _judge_stream(case: Case, events: list[dict[str, Any]], *, outage: bool) -> 
         texts[number] += event["token"]["text"] if event["token"] else ""
         if event["details"] is not None:
             reasons[number] = event["details"]["finish_reason"]
-            if texts[number] != event["generated_text"]:
+            held_back_from = None if event["token"] else len(texts[number])  # it is told, but in no token
+            if texts[number] != event["generated_text"][:held_back_from]:
                 return "lost: the events' texts are not the generated text"
     if len(reasons) != case.num_sequences:
         return f"lost: {len(reasons)} endings of {case.num_sequences}"
