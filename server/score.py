@@ -50,7 +50,10 @@ async def _answer(request: Request, *, service: Service) -> Response:
         return EventStream(
             [one.run for one in scorings], request_id=request.state.request_id, close=lambda: _close(scorings)
         )
-    parts = await while_connected(request.receive, [one.fold() for one in scorings])
+    try:
+        parts = await while_connected(request.receive, [one.fold() for one in scorings])
+    finally:
+        _close(scorings)
     answer = _nest(parts, group_sizes=started.group_sizes, depth=started.depth)
     return Response(answer, media_type="application/json")
 

@@ -168,12 +168,13 @@ async def test_a_client_that_leaves_frees_the_row(path):
         await eventually(lambda: len(link.cancelled) == 2)
 
 
+@pytest.mark.parametrize("path", ["/generate", "/score"])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_has_left_before_its_answer_begins_frees_its_rows(stream):
+async def test_a_client_that_has_left_before_its_answer_begins_frees_its_rows(path, stream):
     """No job of the request has run yet then, so none of them can be the one that gives the rows back."""
     link = make_link(hang_after=1)
     app = create_app(settings=Settings(), bundle=make_bundle(), link=link)
-    body = json.dumps({"inputs": ["a", "b"], "stream": stream}).encode()
+    body = json.dumps({"inputs": ["aa", "bb"], "stream": stream}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
@@ -182,7 +183,7 @@ async def test_a_client_that_has_left_before_its_answer_begins_frees_its_rows(st
     async def send(message: Any) -> None:
         pass
 
-    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": [], "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
     await app(scope, receive, send)
     assert len(link.cancelled) == len(link.submitted) == 2
 
