@@ -33,6 +33,7 @@ class Admission:
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
         self.num_live = 0
+        self._unheard = [0, 0]  # tokens that came before and after the engine's last word, of which it may not know yet
         self._tokens_waiting = tokens_waiting
         self._endings: deque[float] = deque(maxlen=RATE_WINDOW)
         self._clock = clock
@@ -58,7 +59,7 @@ class Admission:
                 f"the limit is {self.max_sequences}",
                 retry_after_s=self.seconds_until_ended(excess),
             )
-        waiting = self._tokens_waiting()
+        waiting = self._tokens_waiting() + sum(self._unheard)
         if waiting and waiting + num_tokens > self.max_tokens:
             raise QueueFull(
                 f"{waiting} prompt tokens wait to be read and up to {num_tokens} more were asked for; "
@@ -66,9 +67,14 @@ class Admission:
                 retry_after_s=self.seconds_until_ended(1),
             )
 
-    def enter(self, num_sequences: int) -> None:
-        """They live from now on."""
+    def enter(self, num_sequences: int, *, num_tokens: int) -> None:
+        """They live from now on, and so many prompt tokens wait to be read."""
         self.num_live += num_sequences
+        self._unheard[1] += num_tokens
+
+    def hear(self) -> None:
+        """The engine has said what waits; what came since its word before this one may have crossed it on its way."""
+        self._unheard = [self._unheard[1], 0]
 
     def leave(self) -> None:
         """One has ended."""

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 LinkState = Literal["starting", "ready", "draining", "restarting", "failed"]  # of the line between the two processes
+TOKEN_BYTES = 4  # of an int32
 FROM_BUNDLE = "server.runner:TorchRunner.from_bundle"
 
 
@@ -63,6 +64,11 @@ class Generate(msgspec.Struct, tag=True, frozen=True):
         """Names of all its sequences."""
         return (self.id, *(name for name, _ in self.forks))
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to read."""
+        return len(self.tokens) // TOKEN_BYTES
+
 
 class Extras(msgspec.Struct, frozen=True):
     """What to tell of each scored token beside its log-probability and rank."""
@@ -90,6 +96,11 @@ class Score(msgspec.Struct, tag=True, frozen=True):
     def ids(self) -> tuple[str, ...]:
         """Names of all its sequences."""
         return (self.id, *(name for name, _ in self.forks))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to read."""
+        return (len(self.tokens) + sum(len(tokens) for _, tokens in self.forks)) // TOKEN_BYTES
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):

@@ -117,7 +117,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def warm_up(self, chunk_tokens: int) -> bool:
-        """Run every shape once; whether a full batch gave row 0, bit for bit, what it got alone.
+        """Decode at every batch size, and read every padded length with one row and with all; whether a full batch gave row 0, bit for bit, what it got alone.
 
         Nothing is committed, so every row stays as it was.
         """

@@ -100,7 +100,7 @@ class Runner(Protocol):
         ...
 
     def warm_up(self, chunk_tokens: int) -> bool:
-        """Run every shape once; whether a full batch gave a row, bit for bit, what it got alone."""
+        """Run the shapes there are; whether a full batch gave a row, bit for bit, what it got alone."""
         ...
 
     def reset(self, row: int) -> None:

@@ -93,13 +93,18 @@ class Service:
         self.metrics = Metrics(link)
         self._by_request: dict[str, dict[str, LiveSequence]] = {}  # request id, id of the sequence
         self._numbers = count(1)
-        link.on_step = self.metrics.observe_step
+        link.on_step = self._hear
+
+    def _hear(self, step: Step) -> None:
+        self.metrics.observe_step(step)
+        self.admission.hear()
 
     @property
     def fingerprint(self) -> str:
-        """Equal fingerprints mean equal numerics: weights, number format, kind of device, version."""
-        ready = self.link.ready
-        where = f"{ready.dtype}-{ready.device}" if ready else "starting"
+        """Equal fingerprints on one machine mean equal numerics: weights, in what and how they are computed, version."""
+        ready, settings = self.link.ready, self.settings
+        how = f"chunk{settings.chunk_tokens}{'-invariant' if settings.batch_invariant else ''}"
+        where = f"{ready.dtype}-{ready.device}-{how}" if ready else "starting"
         return f"{self.bundle.hash[:12]}-{where}-{package_version()}"
 
     def new_id(self) -> str:
@@ -140,13 +145,14 @@ class Service:
 
     def submit(self, messages: Sequence[Generate | Score], *, request_id: str) -> list["LiveSequence"]:
         """Admit all sequences of a request or none, each of `ids` in order. Raises as `check_admission` does."""
-        self.check_admission(sum(len(message.ids) for message in messages))
+        num_tokens = sum(message.num_tokens for message in messages)
+        self.check_admission(sum(len(message.ids) for message in messages), num_tokens=num_tokens)
         live = [
             LiveSequence(stream, id=name, request_id=request_id, service=self)
             for message in messages
             for name, stream in zip(message.ids, self.link.submit(message), strict=True)
         ]
-        self.admission.enter(len(live))
+        self.admission.enter(len(live), num_tokens=num_tokens)
         self._by_request.setdefault(request_id, {}).update({one.id: one for one in live})
         return live
 
@@ -212,10 +218,6 @@ class LiveSequence:
         while self.ended is None:
             for message in await self.take():
                 yield message
-
-    def leave(self) -> None:
-        """Give the place up, if that has not happened yet; what has not ended is cancelled."""
-        self._service.leave(self)
 
     def cancel(self) -> None:
         """Ask the engine to stop; the ending still comes."""

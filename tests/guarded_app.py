@@ -1,16 +1,13 @@
 """The middlewares of the application around a few endpoints that need no engine, for the tests of what they do."""
 
-import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from pydantic import SecretStr
 from starlette.responses import HTMLResponse, StreamingResponse
@@ -110,19 +107,6 @@ def make_client(app: FastAPI | None = None, *, key: str | None = None) -> httpx.
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     transport = httpx.ASGITransport(app or make_app())  # an exception that comes out would fail the test
     return httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers)
-
-
-@asynccontextmanager
-async def serving(app: FastAPI) -> AsyncIterator[int]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", http="httptools"))
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        await task
 
 
 def ends(lines: list[str]) -> list[dict[str, Any]]:

@@ -3,13 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 from fake_link import FakeLink
+from fastapi import FastAPI
 
 from model.bundle import Bundle
 from model.config import ModelConfig
@@ -48,10 +49,14 @@ async def post(path: str, body: object, *, link: FakeLink | None = None, **optio
         return await client.post(path, json=body)
 
 
+def serving(link: FakeLink, **settings: Any) -> AbstractAsyncContextManager[int]:
+    """A real uvicorn; gives its port."""
+    return serving_app(create_app(settings=Settings(**settings), bundle=make_bundle(), link=link))
+
+
 @asynccontextmanager
-async def serving(link: FakeLink, **settings: Any) -> AsyncIterator[int]:
-    """A real uvicorn; yields its port."""
-    app = create_app(settings=Settings(**settings), bundle=make_bundle(), link=link)
+async def serving_app(app: FastAPI) -> AsyncIterator[int]:
+    """The same for any application."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
     task = asyncio.create_task(server.serve())
     while not server.started:

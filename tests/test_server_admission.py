@@ -32,7 +32,7 @@ def test_what_would_not_fit_into_an_empty_server_is_the_clients_error():
 
 def test_all_of_a_request_fits_or_none():
     hall = Hall()
-    hall.admission.enter(8)
+    hall.admission.enter(8, num_tokens=1)
     hall.admission.check(2, num_tokens=1)
     assert "the limit is 10" in hall.refusal(3).message
     hall.admission.leave()
@@ -47,14 +47,26 @@ def test_tokens_that_wait_are_bounded_but_a_lone_request_is_always_served():
     assert "600 prompt tokens wait to be read and up to 401 more" in hall.refusal(num_tokens=401).message
 
 
+def test_tokens_count_before_the_engine_has_told_of_them():
+    """A burst comes between two of its words: what is admitted first must count for what comes next."""
+    hall = Hall()
+    hall.admission.check(1, num_tokens=900)
+    hall.admission.enter(1, num_tokens=900)
+    assert "900 prompt tokens wait" in hall.refusal(num_tokens=101).message
+    hall.admission.hear()  # it may have spoken before it heard of them
+    assert "900 prompt tokens wait" in hall.refusal(num_tokens=101).message
+    hall.admission.hear()
+    hall.admission.check(1, num_tokens=900)
+
+
 def test_when_to_come_back_is_what_the_last_endings_tell():
     hall = Hall()
-    hall.admission.enter(10)
+    hall.admission.enter(10, num_tokens=1)
     assert hall.refusal().retry_after_s == FIRST_GUESS_S
     for _ in range(5):  # one ends each half second
         hall.now += 0.5
         hall.admission.leave()
-        hall.admission.enter(1)
+        hall.admission.enter(1, num_tokens=1)
     hall.now += 0.5
     assert hall.refusal(1).retry_after_s == pytest.approx(0.5)
     assert hall.refusal(4).retry_after_s == pytest.approx(2.0)
@@ -62,7 +74,7 @@ def test_when_to_come_back_is_what_the_last_endings_tell():
 
 def test_endings_of_long_ago_say_nothing_and_nobody_is_sent_away_for_ever():
     hall = Hall()
-    hall.admission.enter(11)
+    hall.admission.enter(11, num_tokens=1)
     hall.admission.leave()
     hall.now += 25
     assert hall.refusal(10).retry_after_s == LONGEST_WAIT_S

@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from guarded_app import KEYS, PARENT, TRACE, TRACEPARENT, ends, log_lines, make_app, make_client, serving
+from guarded_app import KEYS, PARENT, TRACE, TRACEPARENT, ends, log_lines, make_app, make_client
 from http_harness import make_client as make_server
 from http_harness import make_link
+from http_harness import serving_app as serving
 
 from server.security import OPEN_PATHS
 
