@@ -117,9 +117,12 @@ class TorchRunner:
 
     @torch.inference_mode()
     def warm_up(self, chunk_tokens: int) -> bool:
-        """Decode at every batch size, and read every padded length with one row and with all; whether a full batch gave row 0, bit for bit, what it got alone.
+        """Decode at every batch size, and read every padded length with one row and with all.
 
         Nothing is committed, so every row stays as it was.
+
+        Returns:
+            whether a full batch gave row 0, bit for bit, what it got alone.
         """
         sampling = Sampling(temperature=1.0, seed=1)
         decoded, read = [], []

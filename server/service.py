@@ -101,7 +101,7 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
-        """Equal fingerprints on one machine mean equal numerics: weights, in what and how they are computed, version."""
+        """Equal ones on one machine mean equal numerics: weights, how and in what they are computed, version."""
         ready, settings = self.link.ready, self.settings
         how = f"chunk{settings.chunk_tokens}{'-invariant' if settings.batch_invariant else ''}"
         where = f"{ready.dtype}-{ready.device}-{how}" if ready else "starting"
