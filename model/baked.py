@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from model.attention import Block, banded_attention, decode_attention
 from model.cache import RingCache
 from model.config import ModelConfig
-from model.network import AllAttentionLM, PersistentAttention
+from model.layer import PersistentAttention
+from model.network import AllAttentionLM
 from model.sampling import target_logprobs
 from model.spans import HeadGroup, group_heads, reach_of_heads, span_mask
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.attention import Block, banded_attention
 from model.config import ModelConfig
-from model.network import span_mask
+from model.spans import span_mask
 
 MAX_SPAN, RAMP, NUM_PERSISTENT, NUM_QUERIES, HEAD = 12, 4, 3, 5, 4
 Form = Callable[..., Tensor]  # from the tensors of `attention_inputs`, by name, to [H, M, D]

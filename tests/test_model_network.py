@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.network import CHUNK, AllAttentionLM, StreamCache
+from model.layer import CHUNK
+from model.network import AllAttentionLM, StreamCache
 
 TOLERANCE = 1e-4  # fp32 logits, DESIGN.md section 6
 SHAPE: dict[str, Any] = {

@@ -39,7 +39,7 @@ class DataConfig(Section):
     path: Path | None = Field(
         default=None, description="the corpus: a file, or a folder of train.txt, valid.txt, test.txt"
     )
-    batch: int = Field(ge=1, description="streams that are read side by side")
+    batch: int = Field(ge=1, description="streams that are read side by side, on all devices together")
     block: int = Field(ge=1, description="tokens of each stream that a step learns from")
     reset_prob: float = Field(
         default=0.0, ge=0, le=1, description="chance that a stream forgets its past before a block"
@@ -65,15 +65,21 @@ class TokenizerConfig(Section):
 class OptimConfig(Section):
     """How the model learns."""
 
-    name: Literal["adamw", "adagrad"] = Field(default="adamw", description="adagrad is the paper's for characters")
+    name: Literal["adamw", "adagrad", "muon"] = Field(
+        default="adamw", description="adagrad is the paper's for characters; muon = Muon on matrices, AdamW on the rest"
+    )
     lr: float = Field(gt=0, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.95), description="adamw: decay of the two moments"
     )
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="muon: of the gradient that is orthogonalised")
     eps: float = Field(default=1e-8, gt=0, description="adamw: added to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="on matrices only")
     grad_clip: float = Field(
-        default=1.0, ge=0, description="adamw: global norm; adagrad: norm of each parameter; 0 = off"
+        default=1.0, ge=0, description="adamw, muon: global norm; adagrad: norm of each parameter; 0 = off"
+    )
+    accumulate: int = Field(
+        default=1, ge=1, description="parts of a batch that are computed one after another, to save memory"
     )
     warmup_steps: int = Field(default=0, ge=0, description="linear warm-up")
     schedule: Literal["constant", "cosine", "trapezoid", "step"] = Field(
@@ -120,6 +126,13 @@ class RunConfig(BaseSettings):
         default="float32", description="bfloat16 = matrix products under autocast"
     )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads; empty = as many as cores")
+    compile: bool = Field(default=False, description="torch.compile the layers")
+    checkpoint_activations: bool = Field(
+        default=False, description="compute the inside of each layer again in the backward pass, to save memory"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="under torchrun: whole copies, or weights and optimizer cut in parts (FSDP2)"
+    )
     notes: Path | None = Field(default=None, description="Markdown that the bundle's card shall contain")
     model: ModelShape
     data: DataConfig

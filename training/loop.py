@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.network import AllAttentionLM, StreamCache
@@ -81,7 +80,7 @@ class Run:
         inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
         with self._autocast():
             hidden, cache = self.network(inputs, self.cache.reset(batch.reset))
-            loss = F.cross_entropy(self.network.logits(hidden).float().flatten(0, 1), targets.flatten())
+            loss = self.network.loss(hidden, targets) / targets.numel()
         (loss + self.config.optim.span_penalty * self.network.span_penalty()).backward()  # type: ignore[no-untyped-call]
         norm = self.optimizer.clip()
         nats = float(loss.detach())
@@ -115,10 +114,7 @@ class Run:
             batch = streams.next()
             with self._autocast():
                 hidden, cache = self.network(batch.inputs.to(self.device), cache)
-                logits = self.network.logits(hidden).float()
-            total += float(
-                F.cross_entropy(logits.flatten(0, 1), batch.targets.to(self.device).flatten(), reduction="sum")
-            )
+                total += float(self.network.loss(hidden, batch.targets.to(self.device)))
             count += batch.targets.numel()
         return total / count
 

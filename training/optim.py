@@ -1,4 +1,4 @@
-"""How gradients become updates: AdamW or the paper's Adagrad, the learning rate over a run, and clipping.
+"""How gradients become updates: AdamW, Muon or the paper's Adagrad, the learning rate over a run, and clipping.
 
 Knows the names of parameters (some are not decayed), no data and no files.
 """
@@ -18,19 +18,41 @@ class Optimizer:
     def __init__(self, network: nn.Module, config: OptimConfig) -> None:
         self.config = config
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        # Vectors (norms, biases, spans) have no scale to decay; the position table is one matrix that all layers share.
-        decayed = [p for p in self._parameters if p.dim() >= 2]
-        rest = [p for p in self._parameters if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self._inner: torch.optim.Optimizer
+        self._matrices: list[tuple[nn.Parameter, nn.Parameter, int]] = []  # what Muon sees, of whom, which head
+        self._inner = self._build(network)
+
+    def _build(self, network: nn.Module) -> list[torch.optim.Optimizer]:
+        config = self.config
         if config.name == "adagrad":
-            self._inner = ClippedAdagrad(groups, lr=config.lr, grad_clip=config.grad_clip)
-        else:
-            self._inner = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+            return [ClippedAdagrad(self._groups(self._parameters), lr=config.lr, grad_clip=config.grad_clip)]
+        hidden = _hidden_matrices(network) if config.name == "muon" else []
+        rest = [parameter for parameter in self._parameters if not any(parameter is one for one in hidden)]
+        inner: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(self._groups(rest), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        ]
+        if hidden:
+            self._matrices = [part for parameter in hidden for part in _as_matrices(parameter)]
+            inner.append(
+                torch.optim.Muon(
+                    [matrix for matrix, _, _ in self._matrices],
+                    lr=config.lr,
+                    momentum=config.momentum,
+                    weight_decay=config.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",  # one learning rate for both optimizers
+                )
+            )
+        return inner
+
+    def _groups(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+        """Vectors (norms, biases, spans) have no scale to decay; the position table is one matrix of all layers."""
+        decayed = [p for p in parameters if p.dim() >= 2]
+        rest = [p for p in parameters if p.dim() < 2]
+        decay = self.config.weight_decay
+        return [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
 
     def clip(self) -> float:
-        """Bound the global gradient norm (AdamW; the paper's Adagrad bounds each parameter's own) and return it."""
-        bound = self.config.grad_clip if self.config.name == "adamw" and self.config.grad_clip else math.inf
+        """Bound the global gradient norm (the paper's Adagrad bounds each parameter's own) and return it."""
+        bound = self.config.grad_clip if self.config.name != "adagrad" and self.config.grad_clip else math.inf
         return float(nn.utils.clip_grad_norm_(self._parameters, bound))
 
     def step(self, *, step: int, share: float) -> float:
@@ -41,23 +63,43 @@ class Optimizer:
             share: how much of the run is done, 0 .. 1.
         """
         rate = learning_rate(self.config, step=step, share=share)
-        for group in self._inner.param_groups:
-            group["lr"] = rate
-        self._inner.step()
+        for matrix, parameter, head in self._matrices:
+            matrix.grad = None if parameter.grad is None else _matrix_of(parameter.grad, head)
+        for optimizer in self._inner:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         self.zero_grad()
         return rate
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self._inner.zero_grad(set_to_none=True)
+        for parameter in (*self._parameters, *(matrix for matrix, _, _ in self._matrices)):
+            parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the inner optimizer."""
-        return self._inner.state_dict()
+        """The states of the inner optimizers."""
+        return {"inner": [optimizer.state_dict() for optimizer in self._inner]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self._inner.load_state_dict(state)
+        for optimizer, saved in zip(self._inner, state["inner"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def _hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """What Muon is for: the projections and persistent vectors of the layers; not what touches tokens or positions."""
+    return [p for name, p in network.named_parameters() if name.startswith("layers.") and p.dim() >= 2]
+
+
+def _as_matrices(parameter: nn.Parameter) -> list[tuple[nn.Parameter, nn.Parameter, int]]:
+    """Muon takes matrices: each head's persistent vectors [H, N, D] are one, in the same memory."""
+    heads = parameter.shape[0] if parameter.dim() == 3 else 1
+    return [(nn.Parameter(_matrix_of(parameter.detach(), head)), parameter, head) for head in range(heads)]
+
+
+def _matrix_of(tensor: Tensor, head: int) -> Tensor:
+    return tensor[head] if tensor.dim() == 3 else tensor
 
 
 def learning_rate(config: OptimConfig, *, step: int, share: float) -> float:
