@@ -297,7 +297,7 @@ def test_a_rule_accepts_a_tree_that_keeps_it(rule: Rule) -> None:
 def test_the_walk_sees_the_imports_that_are_really_there() -> None:
     files = sources()
     assert {"torch", "model.attention", "model.config"} <= imports("model/layer.py", files["model/layer.py"])
-    assert "model.attention" in graph(files, "model")["model.network"]
+    assert "model.attention" in graph(files, "model")["model.layer"]
     for package in PACKAGES:
         seen = [path for path, _ in inside(files, package)]
         assert len(seen) == len(list((ROOT / package).rglob("*.py")))
