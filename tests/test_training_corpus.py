@@ -1,6 +1,7 @@
 """Corpora: the splits of each name, what is refused, and tokens that are encoded once."""
 
 import lzma
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import training.corpus
 from training.config import DataConfig, TokenizerConfig
 from training.corpus import CorpusError, load_corpus, prepare
+from training.sources import PUBLISHED
 
 BYTES = TokenizerConfig()
 BPE = TokenizerConfig(kind="bpe", vocab_size=270)
@@ -50,7 +52,12 @@ def test_shakespeare_ships_and_is_split_as_nanogpt_splits_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["enwik8", "text8"])
-def test_the_hundred_megabyte_corpora_are_split_90_5_5(name: str, tmp_path: Path) -> None:
+def test_the_hundred_megabyte_corpora_are_split_90_5_5(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (member,) = PUBLISHED[name].members
+    without_sum = replace(PUBLISHED[name], members=(replace(member, sha256=None),))
+    monkeypatch.setitem(PUBLISHED, name, without_sum)
     corpus = load_corpus(data(tmp_path, name=name, path=sparse_file(tmp_path, 100_000_000)))
     assert corpus.test is not None
     assert (corpus.name, len(corpus.train)) == (name, 90_000_000)
@@ -63,25 +70,22 @@ def test_a_named_corpus_of_another_size_is_refused_with_both_sizes(name: str, tm
         load_corpus(data(tmp_path, name=name, path=sparse_file(tmp_path, 99_999_999)))
 
 
-def test_classics8_is_known_by_its_check_sums(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"zeros is not classics8: a split has sha256 .* expected a6fc9fd3"):
-        load_corpus(data(tmp_path, name="classics8", path=sparse_file(tmp_path, 100_000_000)))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("classics8", "zeros is not classics8: a split has sha256 .* expected a6fc9fd3"),
+        ("enwik8", "zeros is not enwik8: it has sha256 .* expected 2b49720e"),
+        ("text8", "zeros is not text8: it has sha256 .* expected 6e890197"),
+    ],
+)
+def test_the_hundred_megabyte_corpora_are_known_by_their_check_sums(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=message):
+        load_corpus(data(tmp_path, name=name, path=sparse_file(tmp_path, 100_000_000)))
 
 
-@pytest.mark.parametrize("name", ["enwik8", "text8", "classics8", "wikitext103"])
-def test_a_corpus_that_is_not_here_asks_for_its_path(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=rf"'{name}' is not downloaded by this version: give data\.path"):
-        load_corpus(data(tmp_path, name=name))
-
-
-def test_wikitext103_is_a_folder_of_its_own_three_files(tmp_path: Path) -> None:
-    for split in ("train", "valid", "test"):
-        text_file(tmp_path, f" \n = {split} = \n", name=f"wiki.{split}.tokens")
-    corpus = load_corpus(data(tmp_path, name="wikitext103", path=tmp_path))
-    assert (corpus.train, corpus.valid, corpus.test) == (b" \n = train = \n", b" \n = valid = \n", b" \n = test = \n")
-    (tmp_path / "wiki.valid.tokens").unlink()
-    with pytest.raises(CorpusError, match=r"wiki\.valid\.tokens cannot be read: No such file"):
-        load_corpus(data(tmp_path, name="wikitext103", path=tmp_path))
+def test_classics8_asks_for_its_path(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"'classics8' is nowhere on the web: give data\.path"):
+        load_corpus(data(tmp_path, name="classics8"))
 
 
 def test_a_folder_is_read_as_three_files(tmp_path: Path) -> None:

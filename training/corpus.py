@@ -4,7 +4,6 @@ A split is bytes until a tokenizer reads it. Knows nothing of batches.
 """
 
 import hashlib
-import lzma
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,6 +23,9 @@ from model.tokenizer import (
     train_words,
 )
 from training.config import DataConfig, TokenizerConfig
+from training.sources import CorpusError, read_file, read_published
+
+__all__ = ["SHAKESPEARE", "Corpus", "CorpusError", "Dataset", "load_corpus", "prepare"]
 
 SHAKESPEARE = Path(__file__).parent / "corpora" / "shakespeare.txt"
 CLASSICS8_SHA256 = (
@@ -31,11 +33,8 @@ CLASSICS8_SHA256 = (
     "6c9bec257a1101acb75fe28563423066b5734dd6b8a8fa6f6cd1e7296cfffac5",
     "432be13988668513cfedf725ebee0e5c8aafe81c3a25468a2039b1bcb81a8fcd",
 )
+HUNDRED_MEGABYTES = 100_000_000
 TOKENIZER_SAMPLE = 20_000_000  # bytes of the training split from which a BPE is learned; more changes few merges
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be had or is not what its name says, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     """Read a corpus by name, or from a path: a folder of train/valid/test.txt, or one file that is split 90/5/5.
 
     Raises:
-        CorpusError: unknown name, missing file, or a content that is not the named corpus.
+        CorpusError: unknown name, missing file, a download that fails, or a content that is not the named corpus.
     """
     if config.name:
         if config.name not in _BY_NAME:
@@ -105,14 +104,19 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Dataset:
 
 def _shakespeare(config: DataConfig) -> Corpus:
     """The text of nanoGPT's shakespeare_char, split as there: first 90 % train, the rest valid, no test."""
-    text = _read(config.path or SHAKESPEARE)
+    text = read_file(config.path or SHAKESPEARE)
     cut = int(len(text) * 0.9)
     return Corpus("shakespeare", text[:cut], text[cut:], None)
 
 
 def _classics8(config: DataConfig) -> Corpus:
     """100 MB of public-domain books: 90/5/5 million bytes, whole other books in valid and test."""
-    corpus = _hundred_megabytes(config)
+    if config.path is None:
+        raise CorpusError("data.name = 'classics8' is nowhere on the web: give data.path, a local copy")
+    text = read_file(config.path)
+    if len(text) != HUNDRED_MEGABYTES:
+        raise CorpusError(f"{config.path} has {len(text)} bytes; classics8 has {HUNDRED_MEGABYTES}")
+    corpus = _cut("classics8", text)
     for part, expected in zip((corpus.train, corpus.valid, corpus.test), CLASSICS8_SHA256, strict=True):
         assert part is not None
         found = hashlib.sha256(part).hexdigest()
@@ -121,39 +125,37 @@ def _classics8(config: DataConfig) -> Corpus:
     return corpus
 
 
-def _hundred_megabytes(config: DataConfig) -> Corpus:
-    """enwik8's shape: 100,000,000 bytes, of which 90, 5 and 5 million are train, valid and test."""
-    if config.path is None:
-        raise CorpusError(
-            f"data.name = {config.name!r} is not downloaded by this version: give data.path, a local copy"
-        )
-    text = _read(config.path)
-    if len(text) != 100_000_000:
-        raise CorpusError(f"{config.path} has {len(text)} bytes; {config.name} has 100000000")
-    return Corpus(config.name, text[:90_000_000], text[90_000_000:95_000_000], text[95_000_000:])
+def _one_text(config: DataConfig) -> Corpus:
+    """enwik8 and text8: 100,000,000 bytes, of which 90, 5 and 5 million are train, valid and test."""
+    (text,) = read_published(config)
+    return _cut(config.name, text)
 
 
-def _wikitext103(config: DataConfig) -> Corpus:
-    """WikiText-103's own three files."""
-    if config.path is None:
-        raise CorpusError("data.name = 'wikitext103' is not downloaded by this version: give data.path, a local folder")
-    names = ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")
-    return Corpus("wikitext103", *(_read(config.path / name) for name in names))
+def _own_splits(config: DataConfig) -> Corpus:
+    """WikiText-103: its own three files."""
+    train, valid, test = read_published(config)
+    return Corpus(config.name, train, valid, test)
+
+
+def _cut(name: str, text: bytes) -> Corpus:
+    """The first 90 %, the next 5 and the last 5, to the byte."""
+    cuts = len(text) * 90 // 100, len(text) * 95 // 100
+    return Corpus(name, text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :])
 
 
 _BY_NAME: dict[str, Callable[[DataConfig], Corpus]] = {
     "shakespeare": _shakespeare,
     "classics8": _classics8,
-    "enwik8": _hundred_megabytes,
-    "text8": _hundred_megabytes,
-    "wikitext103": _wikitext103,
+    "enwik8": _one_text,
+    "text8": _one_text,
+    "wikitext103": _own_splits,
 }
 
 
 def _from_path(path: Path) -> Corpus:
     if path.is_dir():
-        return Corpus(path.name, *(_read(path / name) for name in ("train.txt", "valid.txt", "test.txt")))
-    text = _read(path)
+        return Corpus(path.name, *(read_file(path / name) for name in ("train.txt", "valid.txt", "test.txt")))
+    text = read_file(path)
     cuts = [_character_start(text, len(text) * share // 100) for share in (90, 95)]
     return Corpus(path.stem, text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :])
 
@@ -163,19 +165,6 @@ def _character_start(text: bytes, place: int) -> int:
     while place < len(text) and text[place] & 0xC0 == 0x80:
         place += 1
     return place
-
-
-def _read(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-        text = lzma.decompress(content) if path.suffix == ".xz" else content
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
-    except lzma.LZMAError as error:
-        raise CorpusError(f"{path} is not a whole xz file: {error}") from error
-    if not text:
-        raise CorpusError(f"{path} is empty")
-    return text
 
 
 def _tokenizer(corpus: Corpus, config: TokenizerConfig, cache: Path) -> Tokenizer:
