@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = 64  # queries that attend together: a wide band wastes products, a narrow one wastes launches
+
 
 class Block(NamedTuple):
     """Key/value pairs that take part in one joint softmax.
@@ -94,6 +96,38 @@ def banded_attention(
     if mass is not None:
         mass = to_band(mass[:, None, :].expand(-1, num_new, -1), outside=0.0)[:, None]  # [H, 1, T, S + T]
     return joint_attention(query, (Block(key, value, bias, mass), persistent), dropout=dropout)
+
+
+def chunked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    persistent: Block,
+    *,
+    position: Tensor,
+    mass: Tensor,
+    filled: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`banded_attention` of a long block, a few queries at a time: a band over all of them would be mostly empty."""
+    num_slots, num_new = position.shape[1], query.shape[2]
+    outputs = []
+    for start in range(0, num_new, CHUNK):
+        stop = min(start + CHUNK, num_new)
+        window = slice(start, num_slots + stop)
+        outputs.append(
+            banded_attention(
+                query[:, :, start:stop],
+                key[:, :, window],
+                value[:, :, window],
+                persistent,
+                position=position,
+                mass=mass,
+                filled=None if filled is None or int(filled.min()) + start >= num_slots else filled + start,
+                dropout=dropout,
+            )
+        )
+    return torch.cat(outputs, 2)
 
 
 def to_band(by_distance: Tensor, *, outside: float) -> Tensor:

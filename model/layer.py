@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Block, banded_attention
+from model.attention import Block, chunked_attention
 from model.config import ModelConfig
 from model.spans import group_heads, span_mask
-
-CHUNK = 64  # queries that attend together: a wide band wastes products, a narrow one wastes launches
+from model.tiled import tiled_attention
 
 
 class PersistentAttention(nn.Module):
@@ -49,60 +48,37 @@ class PersistentAttention(nn.Module):
         """
         config = self.config
         groups, order = group_heads(reaches, max_span=config.max_span)
-        weights = [self._of_heads(linear.weight, order) for linear in (self.query, self.key, self.value)]
+        query, key, value = (
+            self._of_heads(one.weight, order) for one in (self.query, self.key, self.value)
+        )  # [H, D, E]
+        fresh = _project(hidden, torch.stack((query / math.sqrt(config.head_size), key, value)))  # [3, H, B, M, D]
+        pairs = torch.stack((key, value))  # [2, H, D, E]
         persistent = self.persistent_key[order], self.persistent_value[order]
-        span = self.span[order]
-        outputs = [
-            self._attend(
-                hidden,
-                past[:, config.max_span - group.num_slots :],
-                [weight[group.heads].flatten(0, 1) for weight in weights],
-                self._persistent_block(*(tensor[group.heads] for tensor in persistent)),
-                position=position[:, config.max_span - group.num_slots :],
-                mass=span_mask(span[group.heads], num_slots=group.num_slots, config=config).flip(-1),
-                filled=filled,
+        mass = span_mask(self.span[order], num_slots=config.max_span, config=config).flip(-1)  # [H, L]
+        outputs = []
+        for group, own in zip(groups, torch.split(fresh, [group.num_heads for group in groups], 1), strict=True):
+            window = slice(config.max_span - group.num_slots, None)
+            before = _project(past[:, window], pairs[:, group.heads])  # [2, h, B, S, D]
+            newest, *after = own.unbind()  # queries, and keys and values, [h, B, M, D]
+            key, value = (torch.cat(parts, 2) for parts in zip(before.unbind(), after, strict=True))  # [h, B, S + M, D]
+            block = self._persistent_block(*(tensor[group.heads] for tensor in persistent))
+            attend = tiled_attention if hidden.device.type == "cpu" else chunked_attention
+            outputs.append(
+                attend(
+                    newest,
+                    key,
+                    value,
+                    Block(block.key.to(key.dtype), block.value.to(key.dtype)),
+                    position=position[:, window].to(key.dtype),
+                    mass=mass[group.heads, window],
+                    filled=filled,
+                    dropout=config.dropout if self.training else 0.0,
+                )
             )
-            for group in groups
-        ]
         attended = torch.cat(outputs).permute(1, 2, 0, 3).flatten(2)  # [B, M, E]
         out = self._of_heads(self.out.weight.mT, order).flatten(0, 1)  # [E, E], a row for each attended number
         output: Tensor = self.norm(hidden + attended.to(hidden.dtype) @ out)
         return output
-
-    def _attend(
-        self,
-        hidden: Tensor,
-        past: Tensor,
-        weights: Sequence[Tensor],
-        persistent: Block,
-        *,
-        position: Tensor,
-        mass: Tensor,
-        filled: Tensor | None,
-    ) -> Tensor:
-        """One group of h heads with S slots: [B, M, E] and past [B, S, E] -> [h, B, M, D]."""
-        num_slots, num_new, head = past.shape[1], hidden.shape[1], self.config.head_size
-        context = torch.cat((past, hidden), 1)  # [B, S + M, E]
-        query = _split_heads(F.linear(hidden, weights[0]), head) / math.sqrt(head)  # [h, B, M, D]
-        key, value = (_split_heads(F.linear(context, weight), head) for weight in weights[1:])  # [h, B, S + M, D]
-        persistent = Block(persistent.key.to(key.dtype), persistent.value.to(key.dtype))
-        outputs = []
-        for start in range(0, num_new, CHUNK):
-            stop = min(start + CHUNK, num_new)
-            window = slice(start, num_slots + stop)
-            outputs.append(
-                banded_attention(
-                    query[:, :, start:stop],
-                    key[:, :, window],
-                    value[:, :, window],
-                    persistent,
-                    position=position,
-                    mass=mass,
-                    filled=None if filled is None or int(filled.min()) + start >= num_slots else filled + start,
-                    dropout=self.config.dropout if self.training else 0.0,
-                )
-            )
-        return torch.cat(outputs, 2)
 
     def _of_heads(self, weight: Tensor, order: Sequence[int]) -> Tensor:
         """[E, E] -> [H, D, E], the heads in another order."""
@@ -112,7 +88,7 @@ class PersistentAttention(nn.Module):
         return Block(key * math.sqrt(self.config.head_size), value * math.sqrt(self.config.num_persistent))
 
 
-def _split_heads(projected: Tensor, head_size: int) -> Tensor:
-    """[B, T, h D] -> [h, B, T, D]"""
-    rows, num_new, _ = projected.shape
-    return projected.view(rows, num_new, -1, head_size).permute(2, 0, 1, 3).contiguous()
+def _project(hidden: Tensor, weights: Tensor) -> Tensor:
+    """[B, T, E] and n weights of h heads [n, h, D, E] -> [n, h, B, T, D]."""
+    projected = F.linear(hidden, weights.flatten(0, 2))
+    return projected.view(*hidden.shape[:2], *weights.shape[:3]).permute(2, 3, 0, 1, 4).contiguous()
