@@ -1,12 +1,14 @@
 """The bundle: the folder that training ships and that export and server read.
 
 Owns its four files (model.safetensors, config.json, tokenizer.json, README.md), their checks, and writing them so that
-no reader and no crash ever sees half of them. Knows no torch: weights are numpy arrays, float32 or float16 on disk.
+no reader and no crash ever sees half of them. Beside them may lie plots/, pictures for the README that no program reads
+and whose loss spoils nothing. Knows no torch: weights are numpy arrays, float32 or float16 on disk.
 """
 
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -26,7 +28,11 @@ from model.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 FORMAT: Literal[1] = 1
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
+PLOTS, PICTURE_SUFFIX = "plots", ".png"
 _FILES = (WEIGHTS, CONFIG, TOKENIZER, CARD)
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PICTURE_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NO_PICTURES: Mapping[str, bytes] = {}
 _COPY_AGAIN = "copy the bundle again from where it was made"
 
 StoredDtype = Literal["float32", "float16"]
@@ -89,6 +95,7 @@ def save_bundle(
     tensors: Mapping[str, NDArray[Any]],
     card: str,
     training: Mapping[str, Any],
+    pictures: Mapping[str, bytes] = _NO_PICTURES,
 ) -> None:
     """Write a bundle at `path`, in place of the bundle that may be there. All checks come before the first byte.
 
@@ -99,16 +106,18 @@ def save_bundle(
         tensors: all float32 or all float16, named and shaped as `config.tensor_shapes()`.
         card: the README.md, markdown.
         training: whatever is worth knowing about the run, as JSON.
+        pictures: PNG files by name, for `card` to link as plots/NAME.png.
 
     Raises:
         BundleError: tensors, tokenizer and config do not fit together, `training` is not JSON, `card` has no UTF-8
-            form, or `path` holds something that is not a bundle.
+            form, a picture has no plain name or is no PNG, or `path` holds something that is not a bundle.
     """
     target = Path(path).resolve()
     _check_replaceable(target)
     _check_vocabulary(tokenizer, config=config, where="tokenizer")
     dtype = _check_tensors(tensors, config=config, where="tensors")
     facts, markdown = _as_json(training), _as_utf8(card)
+    _check_pictures(pictures)
     # safetensors reads an array's memory as it lies, so it must be contiguous.
     weights = serialize_tensors({name: np.ascontiguousarray(tensors[name]) for name in config.tensor_shapes()})
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +135,7 @@ def save_bundle(
         (fresh / WEIGHTS).write_bytes(weights)
         (fresh / CONFIG).write_bytes(json.dumps(manifest.model_dump(mode="json"), indent=2).encode() + b"\n")
         (fresh / CARD).write_bytes(markdown)
+        _write_pictures(fresh, pictures)
         _flush(*(fresh / name for name in _FILES), fresh)
         _swap(fresh, target=target)
     finally:
@@ -270,11 +280,37 @@ def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise BundleError(f"{target} is a file; a bundle is a folder: choose another place")
     held = {entry.name for entry in target.iterdir()}
-    if held and held != set(_FILES):
+    files = held - {PLOTS} if _holds_only_pictures(target / PLOTS) else held
+    if held and files != set(_FILES):
         raise BundleError(
             f"{target} exists and is not a bundle (it has {', '.join(sorted(held)[:5])}, a bundle has exactly "
-            f"{', '.join(_FILES)}); it was left as it is: choose another place or move it away"
+            f"{', '.join(_FILES)} and pictures in {PLOTS}/); it was left as it is: choose another place or move it away"
         )
+
+
+def _holds_only_pictures(folder: Path) -> bool:
+    """Whether there is a folder plots/ as `save_bundle` writes it."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    return all(entry.is_file() and entry.suffix == PICTURE_SUFFIX for entry in folder.iterdir())
+
+
+def _check_pictures(pictures: Mapping[str, bytes]) -> None:
+    for name, content in pictures.items():
+        if not _PICTURE_NAME.fullmatch(name):
+            raise BundleError(f"pictures: the name {name!r} must be letters, digits, - and _ only")
+        if not content.startswith(_PNG_START):
+            raise BundleError(f"pictures: {name} is not a PNG file")
+
+
+def _write_pictures(bundle: Path, pictures: Mapping[str, bytes]) -> None:
+    if not pictures:
+        return
+    folder = bundle / PLOTS
+    folder.mkdir()
+    for name, content in pictures.items():
+        (folder / (name + PICTURE_SUFFIX)).write_bytes(content)
+    _flush(*folder.iterdir(), folder)
 
 
 def _as_json(training: Mapping[str, Any]) -> dict[str, Any]:

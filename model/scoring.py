@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+_CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
+
 
 class TokenBytes(Protocol):
     """What counting units needs of a tokenizer."""
@@ -35,7 +37,7 @@ class Score:
             logprob=math.fsum(logprobs),
             num_tokens=len(logprobs),
             num_bytes=len(text),
-            num_chars=sum((byte & 0xC0) != 0x80 for byte in text),
+            num_chars=len(text.translate(None, _CONTINUATION)),
             num_words=len(text.split()),
         )
 
@@ -66,6 +68,42 @@ class Score:
 
     def _per(self, units: int) -> float | None:
         return -self.logprob / units if units else None
+
+
+class Tally:
+    """The score of a text that comes in stretches, in memory that its length does not change.
+
+    Equals `Score.of` over the whole: a word that two stretches share counts once, and the sum of log-probabilities
+    carries what rounding took from it along.
+    """
+
+    def __init__(self, tokenizer: TokenBytes) -> None:
+        self._tokenizer = tokenizer
+        self._sum = Score(logprob=0.0, num_tokens=0, num_bytes=0, num_chars=0, num_words=0)
+        self._rest = 0.0  # what the exact sum is more than the rounded one
+        self._in_word = False  # the text so far ends within a word, which may go on
+
+    @property
+    def score(self) -> Score:
+        """Of all that was added."""
+        return self._sum
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Count the next tokens, with a log-probability each."""
+        text = b"".join(map(self._tokenizer.token_bytes, tokens))
+        new, before = Score.of(self._tokenizer, tokens, logprobs), self._sum
+        parts = [before.logprob, self._rest, *logprobs]
+        total = math.fsum(parts)
+        self._rest = math.fsum([*parts, -total]) if math.isfinite(total) else 0.0
+        self._sum = Score(
+            logprob=total,
+            num_tokens=before.num_tokens + new.num_tokens,
+            num_bytes=before.num_bytes + new.num_bytes,
+            num_chars=before.num_chars + new.num_chars,
+            num_words=before.num_words + new.num_words - (self._in_word and text[:1].strip() != b""),
+        )
+        if text:
+            self._in_word = not text[-1:].isspace()
 
 
 def _bits(nats: float | None) -> float | None:

@@ -1,10 +1,11 @@
 """Figures are sums over sums, in every unit, and say None where nothing was scored."""
 
 import math
+import random
 
 import pytest
 
-from model.scoring import Score
+from model.scoring import Score, Tally
 
 
 class Words:
@@ -32,3 +33,47 @@ def test_nothing_scored_has_no_figures():
 
 def test_a_perplexity_beyond_a_double_is_infinite():
     assert Score(-1000.0, 1, 1, 1, 1).perplexity == math.inf
+
+
+class Bytes:
+    """A token is a byte."""
+
+    def token_bytes(self, token):
+        return bytes([token])
+
+
+def tally_of(tokens, logprobs, *, cuts):
+    tally = Tally(Bytes())
+    for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+        tally.add(tokens[start:end], logprobs[start:end])
+    return tally.score
+
+
+def test_a_text_in_stretches_scores_as_in_one_piece_wherever_it_is_cut():
+    text = " Zwölf  Boxkämpfer\njagen Viktor. ".encode()
+    tokens, logprobs = list(text), [-1.0 / (place + 1) for place in range(len(text))]
+    whole = Score.of(Bytes(), tokens, logprobs)
+    for first in range(len(text) + 1):
+        for second in range(first, len(text) + 1):  # empty stretches among them
+            assert tally_of(tokens, logprobs, cuts=[first, second]) == whole
+    assert tally_of(tokens, logprobs, cuts=list(range(1, len(text)))) == whole
+
+
+def test_the_sum_of_many_stretches_is_rounded_only_once():
+    source = random.Random(3)
+    logprobs = [-(10.0 ** source.uniform(-12, 2)) for _ in range(20_000)]
+    whole = Score.of(Bytes(), [0] * len(logprobs), logprobs)
+    assert sum(logprobs) != whole.logprob, "too easy: adding up carelessly does as well"
+    assert tally_of([0] * len(logprobs), logprobs, cuts=list(range(7, len(logprobs), 7))) == whole
+
+
+def test_a_token_that_the_model_excludes_makes_the_whole_text_impossible():
+    tally = Tally(Bytes())
+    for logprob in (-1.0, -math.inf, -1.0):
+        tally.add([65], [logprob])
+    assert tally.score.logprob == -math.inf
+    assert tally.score.perplexity == math.inf
+
+
+def test_a_tally_of_nothing_has_no_figures():
+    assert Tally(Bytes()).score == Score.of(Bytes(), [], [])

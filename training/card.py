@@ -1,9 +1,11 @@
 """What a bundle says about itself: the facts of its training as data and, for people, as its README."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from model.baked import BakedLM
+from model.bundle import PICTURE_SUFFIX, PLOTS
 from training.evaluate import Evaluation
 from training.loop import Run
 
@@ -13,6 +15,12 @@ PLACES: dict[str, Any] = {
     "num_threads": True,
     "data": {"path", "cache_dir"},
 }  # of one machine
+
+CAPTIONS = {  # of the pictures that training.plots draws: what is seen
+    "loss": "Bits per byte over the tokens seen, in training and on the part of the valid split that was watched.",
+    "spans": "How many tokens each head looks back, layer by layer.",
+    "memory_share": "The share of attention on persistent vectors in each layer; the rest is on the context.",
+}
 
 
 def training_facts(run: Run, evaluations: dict[str, Evaluation], baked: BakedLM, *, data: str) -> dict[str, Any]:
@@ -30,8 +38,16 @@ def training_facts(run: Run, evaluations: dict[str, Evaluation], baked: BakedLM,
     }
 
 
-def bundle_card(facts: dict[str, Any], baked: BakedLM, *, name: str, notes: Path | None) -> str:
-    """The README of a bundle, in Markdown. `notes` is a file of one's own words that is put in."""
+def bundle_card(
+    facts: dict[str, Any], baked: BakedLM, *, name: str, notes: Path | None, pictures: Sequence[str] = ()
+) -> str:
+    """The README of a bundle, in Markdown.
+
+    Args:
+        notes: a file of one's own words that is put in.
+        pictures: names of the PNG files in the bundle's plots/.
+    """
+    shown = {picture: _picture(picture) for picture in pictures}
     config, splits = baked.config, facts["splits"]
     lengths = list(next(iter(splits.values()))["cold_bits_per_byte"])
     cold = [f"bits per byte, first {length} tokens of fresh streams" for length in lengths]
@@ -46,14 +62,22 @@ and to learned persistent vectors. {config.num_parameters / 1e6:.2f} M parameter
 tokens ({facts["epochs"]} epochs), {facts["seconds"]:,.0f} s in steps. Every setting is in config.json under
 `training`.""",
         _table(head, [_row(split, figures) for split, figures in splits.items()]),
+        *([shown.pop("loss")] if "loss" in shown else []),
         *([notes.read_text(encoding="utf-8").strip()] if notes else []),
         f"""A live stream costs {facts["state_bytes"]:,} bytes, whatever its length. How far each head looks back, in
 tokens:""",
         _table(
             ["layer", "heads"], [[str(i), ", ".join(map(str, reaches))] for i, reaches in enumerate(facts["spans"])]
         ),
+        *shown.values(),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _picture(name: str) -> str:
+    """A picture and the line that says what it shows."""
+    words = name.replace("_", " ")
+    return f"![{words}]({PLOTS}/{name}{PICTURE_SUFFIX})\n\n{CAPTIONS.get(name, words)}"
 
 
 def _row(split: str, figures: dict[str, Any]) -> list[str]:

@@ -13,6 +13,11 @@ from training.loop import Report
 SMOOTHING = 0.95  # of the loss shown: about the mean of the last 20 steps
 
 
+def redraw_seconds() -> float:
+    """The time between two drawings of a bar; a log file wants few."""
+    return 0.1 if sys.stderr.isatty() else 30.0
+
+
 class ProgressBar:
     """One line: how far the run is, loss in bits per byte, tokens per second, time left."""
 
@@ -20,7 +25,7 @@ class ProgressBar:
         """nats_per_bit: nats per token that make one bit per byte; share: how much of the run is done, 0 .. 1."""
         self._nats_per_bit = nats_per_bit
         layout = "{percentage:5.1f}% |{bar:24}| {elapsed}<{remaining} {postfix}"
-        pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between redrawings; a log file wants few
+        pause = redraw_seconds()
         self._bar = tqdm(total=1.0, initial=share, bar_format=layout, mininterval=pause, maxinterval=pause)
         self._loss = math.nan
 
