@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.adaptive import AdaptiveEmbedding, AdaptiveOutput, BakedAdaptive
 from model.attention import Block, banded_attention, decode_attention
 from model.cache import RingCache
 from model.config import ModelConfig
 from model.layer import PersistentAttention
 from model.network import AllAttentionLM
-from model.sampling import target_logprobs
+from model.sampling import BYTES_TO_SCORE, Scored, join_scored, lines_at_once, score_targets
 from model.spans import HeadGroup, group_heads, reach_of_heads, span_mask
+
+SCORED_AT_ONCE = 4  # positions at least: fewer would make matrix products sum in another order
 
 
 class BakedLayer(nn.Module):
@@ -94,9 +97,15 @@ class BakedLM(nn.Module):
     def __init__(self, network: AllAttentionLM) -> None:
         super().__init__()
         self.config: ModelConfig = network.config
-        self.embedding = nn.Buffer(network.embedding.weight.clone())
-        self.output_weight = nn.Buffer(network.output.weight.mT.contiguous())  # [E, V]
-        self.output_bias = nn.Buffer(network.output.bias.clone())
+        self.adaptive: BakedAdaptive | None = None  # else the three buffers below
+        if isinstance(network.embedding, AdaptiveEmbedding):
+            assert isinstance(network.output, AdaptiveOutput)
+            self.adaptive = BakedAdaptive(network.embedding, network.output)
+        else:
+            assert isinstance(network.output, nn.Linear)
+            self.embedding = nn.Buffer(network.embedding.weight.clone())
+            self.output_weight = nn.Buffer(network.output.weight.mT.contiguous())  # [E, V]
+            self.output_bias = nn.Buffer(network.output.bias.clone())
         self.layers: list[BakedLayer] = nn.ModuleList()  # type: ignore[assignment]
         self.spans: list[list[int]] = []  # for each layer, the reach of each head in the order of training, in tokens
         masks: dict[int, list[Tensor]] = {}
@@ -122,12 +131,12 @@ class BakedLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embedding.device
+        return self.layers[0].qkv.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the weights and rings are kept in."""
-        return self.embedding.dtype
+        return self.layers[0].qkv.dtype
 
     def allocate(self, num_rows: int) -> RingCache:
         """Rings for a number of live streams, all fresh."""
@@ -138,6 +147,10 @@ class BakedLM(nn.Module):
             dtype=self.dtype,
             device=self.device,
         )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Inputs of the first layer, [...] int64 -> [..., E]."""
+        return F.embedding(tokens, self.embedding) if self.adaptive is None else self.adaptive.embed(tokens)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: RingCache) -> tuple[Tensor, list[Tensor]]:
@@ -153,7 +166,7 @@ class BakedLM(nn.Module):
         mask_empty = self.config.empty_slots == "masked"
         lengths = cache.lengths[:num_rows]
         views = {name: table.views(lengths, mask_empty=mask_empty) for name, table in self.tables.items()}
-        hidden = F.embedding(tokens, self.embedding)
+        hidden = self.embed(tokens)
         new = []
         for layer, rings, table_rows in zip(self.layers, cache.rings, self._table_rows, strict=True):
             query, pair = layer.project(hidden)
@@ -195,7 +208,7 @@ class BakedLM(nn.Module):
         lengths = cache.lengths[list(rows)]
         filled = torch.from_numpy(lengths).to(self.device)
         shortest = lengths.min() if self.config.empty_slots == "masked" else math.inf
-        hidden = F.embedding(tokens, self.embedding)
+        hidden = self.embed(tokens)
         new, shares = [], []
         for index, layer in enumerate(self.layers):
             query, pair = layer.project(hidden)
@@ -238,8 +251,28 @@ class BakedLM(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token in fp32, [..., E] -> [..., V]."""
+        """Scores of the next token in fp32, [..., E] -> [..., V]; with adaptive embeddings log-probabilities."""
+        if self.adaptive is not None:
+            return self.adaptive.logits(hidden)
         return (hidden @ self.output_weight + self.output_bias).float()
+
+    @torch.inference_mode()
+    def score(self, hidden: Tensor, targets: Tensor, *, num_top: int = 0, entropy: bool = False) -> Scored:
+        """`score_targets` from hidden states, a few positions at a time, so that memory is bounded for any vocabulary.
+
+        Args:
+            hidden: [T, E].
+            targets: [n] int64, n <= T; the positions after them are padding.
+        """
+        size = lines_at_once(
+            self.config.vocab_size, bytes_per_score=BYTES_TO_SCORE, device=self.device, least=SCORED_AT_ONCE
+        )
+        parts = []
+        for start in range(0, max(1, len(targets)), size):
+            some = targets[start : start + size]
+            logits = self.logits(hidden[start : start + size])[: len(some)]
+            parts.append(score_targets(logits, some, num_top=num_top, entropy=entropy))
+        return join_scored(parts)
 
 
 def bake(network: AllAttentionLM, *, dtype: torch.dtype = torch.float32) -> BakedLM:
@@ -264,8 +297,8 @@ def score_document(
         stretch = torch.from_numpy(tokens[start : start + chunk_tokens + 1].astype(np.int64)).to(model.device)
         hidden, new = model.extend(stretch[None, :-1], cache, [0])
         cache.commit([0], new, [len(stretch) - 1])
-        logprobs, ranks = target_logprobs(model.logits(hidden[0]), stretch[1:])
-        yield logprobs.cpu().numpy(), ranks.cpu().numpy()
+        scored = model.score(hidden[0], stretch[1:])
+        yield scored.logprobs.cpu().numpy(), scored.ranks.cpu().numpy()
 
 
 def _mark_persistent(value: Tensor, persistent: Block) -> tuple[Tensor, Block]:

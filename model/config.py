@@ -22,7 +22,9 @@ class ModelShape(BaseModel):
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="on the attention probabilities, context and persistent"
     )
-    embedding_dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input embeddings")
+    embedding_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="on the input embeddings, and on what is matched with the output ones"
+    )
     embedding: Literal["plain", "adaptive"] = Field(
         default="plain", description="adaptive = adaptive input and adaptive softmax with tied weights, for words"
     )

@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from model.adaptive import AdaptiveEmbedding, AdaptiveOutput
 from model.config import ModelConfig
+from model.cross_entropy import summed_nats
 from model.layer import PersistentAttention
 from model.spans import reach_of_heads
 
@@ -30,28 +33,25 @@ class StreamCache(NamedTuple):
 
 
 class AllAttentionLM(nn.Module):
-    """An all-attention language model in training form (arXiv 1907.01470).
-
-    Raises:
-        ValueError: the configuration asks for adaptive embeddings, which are not trained by this version.
-    """
+    """An all-attention language model in training form (arXiv 1907.01470)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if config.embedding != "plain":
-            raise ValueError(f"embedding = {config.embedding!r} cannot be trained by this version; allowed: 'plain'")
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.checkpoint_activations = False  # compute the inside of each layer again in the backward pass
+        adaptive = config.embedding == "adaptive"
+        self.embedding = AdaptiveEmbedding(config) if adaptive else nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(torch.randn(config.head_size, config.max_span))
         self.layers: list[PersistentAttention] = nn.ModuleList(  # type: ignore[assignment]
             PersistentAttention(config) for _ in range(config.num_layers)
         )
-        self.output = nn.Linear(config.width, config.vocab_size)
+        self.output = AdaptiveOutput(config) if adaptive else nn.Linear(config.width, config.vocab_size)
 
     def init_cache(self, num_streams: int) -> StreamCache:
-        """The cache of streams that have not begun."""
-        config = self.config
-        empty = self.position.new_zeros(num_streams, config.max_span, config.width)
+        """The cache of streams that have not begun, in autocast's dtype: that is what layers read it in."""
+        config, kind = self.config, self.position.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.position.dtype
+        empty = self.position.new_zeros(num_streams, config.max_span, config.width, dtype=dtype)
         return StreamCache((empty,) * config.num_layers, torch.zeros(num_streams, dtype=torch.int64))
 
     def forward(self, tokens: Tensor, cache: StreamCache) -> tuple[Tensor, StreamCache]:
@@ -70,20 +70,35 @@ class AllAttentionLM(nn.Module):
         kept = []
         filled = cache.filled if config.empty_slots == "masked" else None
         for layer, past, reaches in zip(self.layers, cache.hidden, self.reaches(), strict=True):
-            kept.append(torch.cat((past, hidden.detach()), 1)[:, -config.max_span :])
-            hidden = layer(hidden, past, table, reaches=reaches, filled=filled)
+            kept.append(torch.cat((past, hidden.detach().to(past.dtype)), 1)[:, -config.max_span :])
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, past, table, reaches=reaches, filled=filled, use_reentrant=False)
+            else:
+                hidden = layer(hidden, past, table, reaches=reaches, filled=filled)
+        hidden = F.dropout(hidden, config.embedding_dropout, self.training)  # what meets embeddings again at the output
         seen = (cache.filled + tokens.shape[1]).clamp(max=config.max_span)
         return hidden, StreamCache(tuple(kept), seen)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token, [..., E] -> [..., V]."""
-        scores: Tensor = self.output(hidden)
+        """Scores of the next token, [..., E] -> [..., V]; with adaptive embeddings they are log-probabilities."""
+        if isinstance(self.output, AdaptiveOutput):
+            scores: Tensor = self.output(hidden, self._tables)
+        else:
+            scores = self.output(hidden)
         return scores
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats of the next tokens `targets` [...], summed, from hidden states [..., E]: a scalar, fp32."""
-        scores = self.logits(hidden).float()
-        return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), reduction="sum")
+        hidden, targets = hidden.flatten(0, -2), targets.flatten()
+        if isinstance(self.output, AdaptiveOutput):
+            return self.output.loss(hidden, self._tables, targets)
+        return summed_nats(hidden, self.output.weight, self.output.bias, targets)
+
+    @property
+    def _tables(self) -> list[Tensor]:
+        """What adaptive input and output share."""
+        assert isinstance(self.embedding, AdaptiveEmbedding)
+        return self.embedding.weights
 
     def reaches(self) -> list[list[int]]:
         """For each layer and head, a distance beyond which its mask and the gradient of the mask are zero."""

@@ -19,6 +19,10 @@ from model.filters import Filter, exact_sum, keep_min_p, keep_top_k, keep_top_p,
 from model.penalties import History, Penalties, PenaltiesLike
 
 COLDEST = 1e-20  # of the temperatures above 0: a colder one would change no draw, but overflow
+# A line of scores over 267,735 words is 1 MB, and some steps keep many copies: they take as many lines as fit at once.
+SCRATCH_BYTES = {"cpu": 2**26, "cuda": 2**30}
+BYTES_TO_SCORE = 24  # for each score of a line: logits, log-probabilities and what `_best` or `_entropy` keeps
+BYTES_TO_DRAW = 96  # fixed-point weights, their copies in order, and the double precision of typical_p
 
 
 class SamplingLike(PenaltiesLike, Protocol):
@@ -79,18 +83,44 @@ class Scored(NamedTuple):
     entropies: Tensor | None  # [...] fp32, nats
 
 
+class RandomLines:
+    """Lines of a batch that are drawn at random, together."""
+
+    def __init__(self, samplings: Sequence[SamplingLike], lines: Sequence[int], device: torch.device | str) -> None:
+        own = [samplings[line] for line in lines]
+        self.places = list(lines)
+        self.lines = torch.tensor(self.places, dtype=torch.int64, device=device)  # [b]
+        self.seeds = np.array([one.seed for one in own], dtype=np.uint64)  # [b]
+        self.temperature = _column([max(one.temperature, COLDEST) for one in own], torch.float32, device)  # [b, 1]
+        self.filters = _filters(own, device)
+
+    def draw(self, scores: Tensor, positions: Sequence[int]) -> Tensor:
+        """Tokens [b] from the scores [B, V] and positions [B] of the whole batch."""
+        probabilities = torch.softmax(scores[self.lines] / self.temperature, -1)  # [b, V]
+        weights = to_weights(probabilities)
+        for one in self.filters:
+            one.apply(weights)
+        uniform = uniform_noise(self.seeds, np.asarray(positions)[self.places])
+        return pick(weights, torch.from_numpy(uniform).to(scores.device))
+
+
 class Draws:
     """How the lines of a batch are drawn. Prepared once per batch composition, used for many steps."""
 
     def __init__(self, samplings: Sequence[SamplingLike], *, device: torch.device | str = "cpu") -> None:
         self.penalties = Penalties(samplings, device=device)
         self.num_top = max((one.num_top for one in samplings), default=0)
-        self.random = [line for line, one in enumerate(samplings) if one.temperature > 0]  # the others are greedy
-        own = [samplings[line] for line in self.random]
-        self.lines = torch.tensor(self.random, dtype=torch.int64, device=device)  # [b]
-        self.seeds = np.array([one.seed for one in own], dtype=np.uint64)  # [b]
-        self.temperature = _column([max(one.temperature, COLDEST) for one in own], torch.float32, device)  # [b, 1]
-        self.filters = _filters(own, device)
+        self._samplings, self._device = list(samplings), device
+        self._random = [line for line, one in enumerate(samplings) if one.temperature > 0]  # the others are greedy
+        self._groups: dict[int, list[RandomLines]] = {}
+
+    def groups(self, size: int) -> list[RandomLines]:
+        """The lines that are drawn at random, `size` at a time."""
+        if size not in self._groups:
+            starts = range(0, len(self._random), size)
+            some = [self._random[start : start + size] for start in starts]
+            self._groups[size] = [RandomLines(self._samplings, lines, self._device) for lines in some]
+        return self._groups[size]
 
     @property
     def penalised(self) -> bool:
@@ -120,13 +150,9 @@ def draw(
     """
     scores = draws.penalties.apply(logits, num_generated=num_generated, history=history, rows=rows)
     tokens = scores.argmax(-1)
-    if draws.random:
-        probabilities = torch.softmax(scores[draws.lines] / draws.temperature, -1)  # [b, V]
-        weights = to_weights(probabilities)
-        for one in draws.filters:
-            one.apply(weights)
-        uniform = uniform_noise(draws.seeds, np.asarray(positions)[draws.random])
-        tokens[draws.lines] = pick(weights, torch.from_numpy(uniform).to(logits.device))
+    size = lines_at_once(logits.shape[-1], bytes_per_score=BYTES_TO_DRAW, device=logits.device)
+    for group in draws.groups(size):
+        tokens[group.lines] = group.draw(scores, positions)
     logprobs = logits.log_softmax(-1)
     top_ids = _best(logits, draws.num_top) if draws.num_top else None
     top_logprobs = logprobs.gather(-1, top_ids) if top_ids is not None else None
@@ -152,6 +178,20 @@ def target_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The first two of `score_targets`."""
     scored = score_targets(logits, targets)
     return scored.logprobs, scored.ranks
+
+
+def join_scored(parts: Sequence[Scored]) -> Scored:
+    """Figures of stretches that follow one another as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    logprobs, ranks, top_ids, top_logprobs, entropies = zip(*parts, strict=True)
+    return Scored(torch.cat(logprobs), torch.cat(ranks), *map(_joined, (top_ids, top_logprobs, entropies)))
+
+
+def lines_at_once(vocab_size: int, *, bytes_per_score: int, device: torch.device, least: int = 1) -> int:
+    """How many lines of scores to work on at a time, a power of two: as many as SCRATCH_BYTES allow, but `least`."""
+    fitting = SCRATCH_BYTES[device.type] // (bytes_per_score * vocab_size)
+    return max(least, 1 << max(0, fitting.bit_length() - 1))
 
 
 def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -197,6 +237,12 @@ def _filters(samplings: Sequence[SamplingLike], device: torch.device | str) -> l
     ]
 
 
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """None where none was asked for."""
+    asked = [part for part in parts if part is not None]
+    return torch.cat(asked) if asked else None
+
+
 def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
@@ -207,11 +253,19 @@ def _best(logits: Tensor, num: int) -> Tensor:
     topk alone leaves open which of equals it takes, and with bf16 weights equals are common. So logit and token are
     packed into one integer; read as integers, the bits of floats are in order once those of negative ones are flipped.
     """
+    vocab_size = logits.shape[-1]
+    size = lines_at_once(vocab_size, bytes_per_score=BYTES_TO_SCORE, device=logits.device)
+    best = [_best_of_some(lines, num) for lines in torch.split(logits.reshape(-1, vocab_size), size)]
+    return torch.cat(best).view(*logits.shape[:-1], min(num, vocab_size))
+
+
+def _best_of_some(logits: Tensor, num: int) -> Tensor:
     last = logits.shape[-1] - 1
     bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes one zero of two
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    backwards = torch.arange(last, -1, -1, device=logits.device)
-    best = ((ordered << 32) | backwards).topk(min(num, last + 1)).values
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    packed = bits.long().bitwise_left_shift_(32)
+    packed |= torch.arange(last, -1, -1, device=logits.device)
+    best = packed.topk(min(num, last + 1)).values
     return last - (best & 0xFFFFFFFF)
 
 

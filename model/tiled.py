@@ -92,8 +92,8 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(_Inputs._fields)
-        inputs, kept = _Inputs(*ctx.saved_tensors[:count]), iter(ctx.saved_tensors[count:])
+        count, saved = len(_Inputs._fields), ctx.saved_tensors
+        inputs, kept = _Inputs(*saved[:count]), iter(saved[count:])
         slopes = inputs.zeros()
         with torch.autocast("cpu", enabled=False):
             work = _Pass(inputs)

@@ -12,7 +12,7 @@ from model.baked import BakedLM, bake
 from model.bundle import open_bundle
 from model.network import AllAttentionLM
 from model.penalties import History
-from model.sampling import Draws, draw, score_targets
+from model.sampling import Draws, draw
 from server.messages import Sampling
 from server.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
 
@@ -130,14 +130,15 @@ class TorchRunner:
             hidden, _ = self._step(range(count), [1] * count)
             logits = self.model.logits(hidden)
             self._draw(logits, Draws([sampling] * count, device=self.model.device), [Draw(sampling, 1, 1)] * count)
-            decoded.append(logits[0])
+            decoded.append(logits[0].clone())
         for num_new in sorted({_padded(size) for size in range(1, chunk_tokens + 1)}):
             for count in {1, self.num_rows}:
                 chunks = [Chunk(row, np.ones(num_new, dtype=np.int32)) for row in range(count)]
                 hidden, _, _ = self._stretch(chunks, num_new=num_new)
-                read.append((num_new, self.model.logits(hidden[0])))
+                scored = self.model.score(hidden[0], torch.ones_like(hidden[0, :, 0], dtype=torch.int64))
+                read.append((num_new, torch.cat((hidden[0].float(), scored.logprobs[:, None]), -1)))
         alone = dict(reversed(read))
-        same = all(torch.equal(logits, alone[num_new]) for num_new, logits in read)
+        same = all(torch.equal(figures, alone[num_new]) for num_new, figures in read)
         return same and all(torch.equal(logits, decoded[0]) for logits in decoded)
 
     @torch.inference_mode()
@@ -249,9 +250,8 @@ class TorchRunner:
         if chunk.targets is None:
             return None
         count = len(chunk.targets)
-        logits = self.model.logits(hidden)[:count]
         targets = self._to_device(chunk.targets.astype(np.int64))
-        found = score_targets(logits, targets, num_top=chunk.extras.num_top, entropy=chunk.extras.entropy)
+        found = self.model.score(hidden, targets, num_top=chunk.extras.num_top, entropy=chunk.extras.entropy)
         return ChunkScores(
             logprobs=found.logprobs.cpu().numpy(),
             ranks=found.ranks.cpu().numpy(),

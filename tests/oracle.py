@@ -28,9 +28,12 @@ def logits(
     span_ramp: int,
     empty_slots: str,
 ) -> Array:
-    """Logits [T, V] of the next token after each of `tokens`, for plain embeddings."""
+    """Logits [T, V] of the next token after each of `tokens`; log-probabilities where embeddings are adaptive."""
     named = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
-    hidden = np.stack([named["embedding.weight"][token] for token in tokens])  # [T, E]
+    adaptive = "embedding.tables.0.weight" in named
+    hidden = np.stack(
+        [adaptive_input(named, t) if adaptive else named["embedding.weight"][t] for t in tokens]
+    )  # [T, E]
     num_layers = 1 + max(int(name.split(".")[1]) for name in named if name.startswith("layers."))
     for i in range(num_layers):
         prefix = f"layers.{i}."
@@ -45,7 +48,48 @@ def logits(
             empty_slots=empty_slots,
         )
         hidden = np.stack([layer_norm(row, layer["norm.weight"], layer["norm.bias"]) for row in hidden + out])
+    if adaptive:
+        return np.stack([adaptive_logprobs(named, row) for row in hidden])
     return np.stack([named["output.weight"] @ row + named["output.bias"] for row in hidden])
+
+
+def adaptive_input(named: Mapping[str, Array], token: int) -> Array:
+    """Input vector [E] of a word: its vector in its cluster's table, projected, times sqrt(E)."""
+    for table, projection in zip(
+        _numbered(named, "embedding.tables.{}.weight"), _numbered(named, "embedding.projections.{}.weight"), strict=True
+    ):
+        if token < len(table):
+            vector: Array = np.sqrt(len(projection)) * (projection @ table[token])
+            return vector
+        token -= len(table)
+    raise AssertionError("no such word")
+
+
+def adaptive_logprobs(named: Mapping[str, Array], row: Array) -> Array:
+    """Log-probabilities [V] after a hidden state [E]: of a word in a later cluster, the cluster's times its own there.
+
+    The head chooses among the words of the first cluster and the later clusters, of which the last comes first.
+    """
+    tables = _numbered(named, "embedding.tables.{}.weight")
+    biases = _numbered(named, "output.biases.{}")
+    narrow = [projection.T @ row for projection in _numbered(named, "output.projections.{}.weight")]
+    words = [table @ state + bias for table, state, bias in zip(tables, narrow, biases, strict=True)]
+    entries = named["output.cluster.weight"] @ narrow[0] + named["output.cluster.bias"]
+    head = _softmax(np.concatenate([words[0], entries]))
+    logprobs = list(np.log(head[: len(tables[0])]))
+    for i in range(1, len(tables)):
+        logprobs += list(np.log(head[len(head) - i] * _softmax(words[i])))
+    return np.array(logprobs)
+
+
+def _numbered(named: Mapping[str, Array], name: str) -> list[Array]:
+    count = sum(key.startswith("embedding.tables.") for key in named)
+    return [named[name.format(i)] for i in range(count)]
+
+
+def _softmax(scores: Array) -> Array:
+    weights: Array = np.exp(scores - scores.max())
+    return weights / weights.sum()
 
 
 def attention(

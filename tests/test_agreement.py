@@ -1,4 +1,4 @@
-"""One table over one small bundle: every path gives the oracle's logits, or the same text, or the same figures.
+"""One table over small bundles: every path gives the oracle's logits, or the same text, or the same figures.
 
 oracle = training forward = any block split = baked in chunks = baked token by token = ragged batch = runner and engine
 = /score = training.evaluate.
@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from agreement_bundle import TEXT, build_network, text_tokens, write_bundle
+from agreement_bundle import KINDS, build_network, text_of, text_tokens, write_bundle
 
 from model.baked import bake, score_document
 from model.bundle import open_bundle
@@ -30,22 +30,31 @@ from training.evaluate import evaluate
 
 LENGTH = 230  # beyond the longest ring of 160, in which every slot has been overwritten
 TOLERANCE = 1e-4
-KINDS = ("masked", "zero")
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def network(request) -> AllAttentionLM:
-    return build_network(request.param)
+def kind(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def wanted(network) -> torch.Tensor:
+def network(kind) -> AllAttentionLM:
+    return build_network(kind)
+
+
+@pytest.fixture(scope="module")
+def text(kind) -> np.ndarray:
+    return text_tokens(LENGTH, kind)
+
+
+@pytest.fixture(scope="module")
+def wanted(network, text) -> torch.Tensor:
     """The oracle's logits, [T, V]."""
     config = network.config
     weights = {name: tensor.double().numpy() for name, tensor in network.state_dict().items()}
     logits = oracle.logits(
         weights,
-        text_tokens(LENGTH).tolist(),
+        text.tolist(),
         num_heads=config.num_heads,
         max_span=config.max_span,
         span_ramp=config.span_ramp,
@@ -59,40 +68,39 @@ def check(logits: torch.Tensor, wanted: torch.Tensor) -> None:
     assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
 
 
-def training_logits(network, sizes):
+def training_logits(network, text, sizes):
     cache = network.init_cache(1)
     parts = []
     with torch.no_grad():
-        for block in torch.split(torch.from_numpy(text_tokens(LENGTH))[None], sizes, 1):
+        for block in torch.split(torch.from_numpy(text)[None], sizes, 1):
             hidden, cache = network(block, cache)
             parts.append(network.logits(hidden)[0])
     return torch.cat(parts)
 
 
-def in_chunks(model, size):
+def in_chunks(model, text, size):
     cache = model.allocate(1)
     parts = []
-    for chunk in torch.from_numpy(text_tokens(LENGTH)).split(size):
+    for chunk in torch.from_numpy(text).split(size):
         hidden, new = model.extend(chunk[None], cache, [0])
         cache.commit([0], new, [len(chunk)])
         parts.append(model.logits(hidden[0]))
     return torch.cat(parts)
 
 
-def token_by_token(model):
+def token_by_token(model, text):
     cache = model.allocate(1)
     parts = []
-    for token in torch.from_numpy(text_tokens(LENGTH)):
+    for token in torch.from_numpy(text):
         hidden, new = model.decode(token[None], cache)
         cache.commit([0], new, [1])
         parts.append(model.logits(hidden))
     return torch.cat(parts)
 
 
-def ragged(model):
+def ragged(model, text):
     """Five rows at different places of the text, moving at random in both kinds of step, some resting, one moved."""
     random = np.random.default_rng(4)
-    text = text_tokens(LENGTH)
     cache = model.allocate(6)
     seen: list[list[torch.Tensor]] = [[] for _ in range(5)]
     row_of = list(range(5))
@@ -139,21 +147,21 @@ def test_the_bundle_has_rings_of_several_sizes_in_one_layer(network):
 
 
 @pytest.mark.parametrize("sizes", [[LENGTH], [64] * 3 + [38], [1] * LENGTH, [199, 31]], ids=str)
-def test_training_forward_in_any_block_split(network, wanted, sizes):
-    check(training_logits(network, sizes), wanted)
+def test_training_forward_in_any_block_split(network, text, wanted, sizes):
+    check(training_logits(network, text, sizes), wanted)
 
 
 @pytest.mark.parametrize("size", [LENGTH, 128, 37, 1])
-def test_baked_in_chunks(network, wanted, size):
-    check(in_chunks(bake(network), size), wanted)
+def test_baked_in_chunks(network, text, wanted, size):
+    check(in_chunks(bake(network), text, size), wanted)
 
 
-def test_baked_token_by_token(network, wanted):
-    check(token_by_token(bake(network)), wanted)
+def test_baked_token_by_token(network, text, wanted):
+    check(token_by_token(bake(network), text), wanted)
 
 
-def test_ragged_batch_of_both_kinds_of_step(network, wanted):
-    for logits in ragged(bake(network)):
+def test_ragged_batch_of_both_kinds_of_step(network, text, wanted):
+    for logits in ragged(bake(network), text):
         check(logits, wanted)
 
 
@@ -165,13 +173,13 @@ def greedy_text(wanted_of, prompt, length):
     return tokens[len(prompt) :]
 
 
-def test_engine_generates_the_training_forward_s_greedy_tokens(network):
+def test_engine_generates_the_training_forward_s_greedy_tokens(network, text):
     def logits(tokens):
         with torch.no_grad():
             return network.logits(network(torch.tensor([tokens]), network.init_cache(1))[0])[0]
 
     engine = Engine(TorchRunner(bake(network), num_rows=3), chunk_tokens=16, budget_tokens=32)
-    prompts = {str(n): text_tokens(n).tolist() for n in (1, 7, 40, 100, 200)}
+    prompts = {str(n): text[:n].tolist() for n in (1, 7, 40, 100, 200)}
     greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
     for name, prompt in prompts.items():
         engine.submit(Generate(name, np.array(prompt, "<i4").tobytes(), greedy, 12))
@@ -182,8 +190,7 @@ def test_engine_generates_the_training_forward_s_greedy_tokens(network):
     assert found == {name: greedy_text(logits, prompt, 12) for name, prompt in prompts.items()}
 
 
-def test_engine_and_document_scores(network, wanted):
-    text = text_tokens(LENGTH)
+def test_engine_and_document_scores(network, text, wanted):
     expected = wanted.log_softmax(-1)[:-1].gather(-1, torch.from_numpy(text[1:, None]))[:, 0].numpy()
     model = bake(network)
     document = np.concatenate([logprobs for logprobs, _ in score_document(model, text, chunk_tokens=50)])
@@ -197,20 +204,18 @@ def test_engine_and_document_scores(network, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("empty_slots", KINDS)
-def test_score_over_http_equals_evaluate_and_the_oracle(tmp_path: Path, empty_slots):
-    bundle = open_bundle(write_bundle(tmp_path / "bundle", empty_slots))
-    network = build_network(empty_slots)
-    evaluated = evaluate(bake(network), bundle.tokenizer, text_tokens(len(TEXT.encode()))).score
-    reply = asyncio.run(post_score(bundle, TEXT))
-    assert reply["num_tokens"] == evaluated.num_tokens == len(TEXT.encode()) - 1
+def test_score_over_http_equals_evaluate_and_the_oracle(tmp_path: Path, kind, network, text):
+    bundle = open_bundle(write_bundle(tmp_path / "bundle", kind))
+    whole = np.array(bundle.tokenizer.encode(text_of(kind)))
+    evaluated = evaluate(bake(network), bundle.tokenizer, whole).score
+    reply = asyncio.run(post_score(bundle, text_of(kind)))
+    assert reply["num_tokens"] == evaluated.num_tokens == len(whole) - 1
     for figure in ("logprob", "perplexity", "word_perplexity", "bits_per_token", "bits_per_byte", "bits_per_char"):
         assert reply[figure] == pytest.approx(getattr(evaluated, figure), rel=1e-6), figure
-    logits = training_logits(network, [LENGTH])
-    head = text_tokens(LENGTH)
-    logprobs = logits.log_softmax(-1)[:-1].gather(-1, torch.from_numpy(head[1:, None]))[:, 0]
-    by_training = Score.of(bundle.tokenizer, head[1:].tolist(), logprobs.tolist())
-    part = asyncio.run(post_score(bundle, bundle.tokenizer.decode(head.tolist())))
+    logits = training_logits(network, text, [LENGTH])
+    logprobs = logits.log_softmax(-1)[:-1].gather(-1, torch.from_numpy(text[1:, None]))[:, 0]
+    by_training = Score.of(bundle.tokenizer, text[1:].tolist(), logprobs.tolist())
+    part = asyncio.run(post_score(bundle, bundle.tokenizer.decode(text.tolist())))
     assert part["bits_per_byte"] == pytest.approx(by_training.bits_per_byte, rel=1e-5)
 
 

@@ -32,8 +32,8 @@ SERVER_LAYERS = (  # a module knows its own layer and those before it
     ("server.__main__",),
 )
 SOFTMAX_MAY_APPEAR = {
-    "softmax": {"model/attention.py", "model/sampling.py"},  # over keys; over the vocabulary
-    "log_softmax": {"model/sampling.py", "model/scoring.py", "model/network.py", "model/baked.py"},  # the vocabulary
+    "softmax": {"model/attention.py", "model/tiled.py", "model/sampling.py"},  # over keys; over the vocabulary
+    "log_softmax": {"model/sampling.py", "model/scoring.py", "model/network.py", "model/baked.py", "model/adaptive.py"},
     "scaled_dot_product_attention": {"model/attention.py"},
 }
 MAX_LINES = 400

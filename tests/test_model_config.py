@@ -126,7 +126,7 @@ def test_the_papers_models_have_as_many_parameters_as_the_paper_says(name: str, 
     assert round(paper(name).num_parameters / 1e6) == millions
 
 
-@pytest.mark.parametrize("name", [name for name in PAPER if name != "wikitext103_36l"])
+@pytest.mark.parametrize("name", PAPER)
 def test_the_closed_form_counts_what_the_network_holds(name: str) -> None:
     config = paper(name)
     with torch.device("meta"):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from model.attention import CHUNK
 from model.config import ModelConfig
-from model.layer import CHUNK
 from model.network import AllAttentionLM, StreamCache
 
 TOLERANCE = 1e-4  # fp32 logits, DESIGN.md section 6
@@ -293,6 +293,28 @@ def test_training_mode_without_dropout_changes_nothing() -> None:
     assert torch.equal(read(network.train(), tokens, [20])[0], calm)
 
 
+def test_computing_layers_again_in_the_backward_pass_changes_no_gradient_and_keeps_less() -> None:
+    network, tokens = Case().build(dropout=0.5).train(), random_tokens(2, 41)
+    found, kept = [], []
+    for again in (False, True):
+        network.checkpoint_activations = again
+        sizes: list[int] = []
+
+        def count(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            torch.manual_seed(0)
+            hidden, _ = network(tokens[:, :-1], network.init_cache(2))
+            kept.append(sum(sizes))
+            loss = network.loss(hidden, tokens[:, 1:])
+            found.append([loss, *torch.autograd.grad(loss, list(network.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert kept[1] < kept[0] / 2
+
+
 def test_parameters_have_the_names_and_shapes_that_the_config_lists() -> None:
     network = Case().build()
     assert {name: tuple(p.shape) for name, p in network.named_parameters()} == network.config.tensor_shapes()
@@ -309,11 +331,3 @@ def test_a_new_network_starts_as_the_paper_says() -> None:
     assert layer.persistent_value.std().item() == pytest.approx(256**-0.5, rel=0.05)
     assert layer.span.tolist() == [0.25, 0.25]
     assert all(getattr(layer, name).bias is None for name in ("query", "key", "value", "out"))
-
-
-def test_adaptive_embeddings_are_refused_by_name() -> None:
-    config = ModelConfig.model_validate(
-        SHAPE | {"embedding": "adaptive", "adaptive_cutoffs": (3, 6), "adaptive_div": 2}
-    )
-    with pytest.raises(ValueError, match="embedding = 'adaptive' cannot be trained"):
-        AllAttentionLM(config)

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from slow_sampling import Line, NearAnEdgeError, draw_lines, draw_many, lines_of, slow_distribution, slow_draw
 
+from model import sampling
 from model.filters import pick
 from model.sampling import score_targets, target_logprobs, uniform_noise
 from server.messages import Sampling
@@ -131,6 +132,28 @@ def test_a_line_gets_the_same_alone_with_a_vocabulary_that_threads_would_share_o
             assert torch.equal(scored.entropies, entropies[i : i + 1])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_lines_that_do_not_fit_into_memory_together_get_the_same_one_after_another(at_once):
+    kinds = [{}, {"top_k": 9}, {"top_p": 0.9}, {"typical_p": 0.9}, {"min_p": 0.01}, {"temperature": 0.0}]
+    parameters = [{"temperature": 1.0} | kinds[i % len(kinds)] for i in range(17)]  # 15 at random
+    lines = [Line(Sampling(num_top=i % 3, seed=i, **one), position=7 * i) for i, one in enumerate(parameters)]
+    logits = torch.randn(len(lines), 40, generator=torch.Generator().manual_seed(1))
+    together = draw_lines(logits, lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "SCRATCH_BYTES", {"cpu": 40 * sampling.BYTES_TO_DRAW * at_once})
+        apart = draw_lines(logits, lines)
+    for one, other in zip(apart, together, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_as_many_lines_are_worked_on_at_once_as_memory_allows():
+    cpu = torch.device("cpu")
+    assert sampling.lines_at_once(267735, bytes_per_score=24, device=cpu) == 8  # 51 of 64 MiB
+    assert sampling.lines_at_once(256, bytes_per_score=24, device=cpu) == 8192
+    assert sampling.lines_at_once(10**9, bytes_per_score=24, device=cpu) == 1
+    assert sampling.lines_at_once(10**9, bytes_per_score=24, device=cpu, least=4) == 4
 
 
 def test_a_neighbour_s_top_p_does_not_cut_the_tail_of_a_line_without():

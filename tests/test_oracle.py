@@ -76,3 +76,35 @@ def test_the_two_forms_of_the_oracle_agree(span: tuple[float, float], empty_slot
     )
     flat = literal.transpose(0, 1).reshape(num_tokens, width).numpy()
     np.testing.assert_allclose(flat, loops, rtol=0, atol=1e-6)  # the literal form adds 1e-8 to its denominators
+
+
+def adaptive_weights() -> dict[str, oracle.Array]:
+    """Words 0, 1 | 2, 3 | 4 in three clusters of widths 2, 1 and 1; the last cluster's entry is the first of two."""
+    return {
+        "embedding.tables.0.weight": np.array([[0.0, 0.0], [1.0, 0.0]]),
+        "embedding.tables.1.weight": np.array([[0.0], [3.0]]),
+        "embedding.tables.2.weight": np.array([[7.0]]),
+        "embedding.projections.0.weight": np.array([[1.0, 0.0], [0.0, 1.0]]),
+        "embedding.projections.1.weight": np.array([[1.0], [2.0]]),
+        "embedding.projections.2.weight": np.array([[0.0], [1.0]]),
+        "output.projections.0.weight": np.eye(2),
+        "output.projections.1.weight": np.array([[0.0], [np.log(2) / 3]]),
+        "output.projections.2.weight": np.array([[1.0], [1.0]]),
+        "output.biases.0": np.array([0.0, np.log(2)]),
+        "output.biases.1": np.array([0.0, np.log(2)]),
+        "output.biases.2": np.array([5.0]),
+        "output.cluster.weight": np.array([[0.0, np.log(2)], [0.0, np.log(3)]]),
+        "output.cluster.bias": np.zeros(2),
+    }
+
+
+def test_the_oracle_projects_a_rare_words_vector_and_scales_it() -> None:
+    np.testing.assert_allclose(oracle.adaptive_input(adaptive_weights(), 3), np.sqrt(2) * np.array([3.0, 6.0]))
+    np.testing.assert_allclose(oracle.adaptive_input(adaptive_weights(), 4), np.sqrt(2) * np.array([0.0, 7.0]))
+
+
+def test_the_oracle_gives_a_rare_word_its_clusters_probability_times_its_own() -> None:
+    # Of h = (0, 1): the head has the masses 1, 2 of words and 2, 3 of the last and the second cluster; words 2 and 3
+    # have the masses 1 and 2 * 2 in theirs; word 4 is alone.
+    logprobs = oracle.adaptive_logprobs(adaptive_weights(), np.array([0.0, 1.0]))
+    np.testing.assert_allclose(np.exp(logprobs), np.array([1, 2, 3 * 1 / 5, 3 * 4 / 5, 2]) / 8)
