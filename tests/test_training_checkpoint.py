@@ -11,7 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.checkpoint import CheckpointError, load_latest, save_checkpoint
+from training.checkpoint import (
+    CheckpointError,
+    delete_checkpoints,
+    forget_best,
+    load_best,
+    load_latest,
+    save_best,
+    save_checkpoint,
+)
 
 CONFIG: dict[str, Any] = {"seed": 1, "model": {"width": 8, "adaptive_cutoffs": []}, "optim": {"lr": 0.1}}
 
@@ -71,6 +79,39 @@ def test_the_last_few_stay(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, state(step), keep=2)
     assert names(tmp_path) == ["step-000000500.pt", "step-000005000.pt"]
     assert loaded_step(tmp_path) == 5000
+
+
+def test_the_best_stays_while_the_others_come_and_go_and_is_not_gone_on_from(tmp_path: Path) -> None:
+    assert load_best(tmp_path / "never made") is None
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, state(step), keep=1)
+        if step in (1, 3):
+            save_best(tmp_path, state(step))
+    assert names(tmp_path) == ["best.pt", "step-000000005.pt"]
+    best = load_best(tmp_path)
+    assert best is not None
+    assert best["step"] == 3
+    assert torch.equal(best["run"]["weights"], state(3)["run"]["weights"])
+    assert loaded_step(tmp_path) == 5
+    forget_best(tmp_path)
+    forget_best(tmp_path)
+    assert load_best(tmp_path) is None
+
+
+def test_a_broken_best_is_told_of_and_passed_over(tmp_path: Path) -> None:
+    save_best(tmp_path, state(3))
+    (tmp_path / "best.pt").write_bytes((tmp_path / "best.pt").read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"best\.pt cannot be read .* the best is forgotten"):
+        assert load_best(tmp_path) is None
+
+
+def test_deleted_checkpoints_leave_nothing_not_even_what_a_killed_process_left(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for half_deleted in (folder, tmp_path / "checkpoints.finished"):
+        save_checkpoint(half_deleted, state(1))
+        save_best(half_deleted, state(1))
+    delete_checkpoints(folder)
+    assert names(tmp_path) == []
 
 
 @given(share=st.floats(0, 1, exclude_max=True))

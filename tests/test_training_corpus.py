@@ -1,6 +1,7 @@
 """Corpora: the splits of each name, what is refused, and tokens that are encoded once."""
 
 import lzma
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def test_byte_tokens_are_the_bytes_of_any_file(tmp_path: Path) -> None:
     dataset = prepare(data(tmp_path, path=text_file(tmp_path, content)), BYTES)
     assert dataset.test is not None
     assert np.concatenate([dataset.train, dataset.valid, dataset.test]).tobytes() == content
-    assert dataset.train_bytes == 900
+    assert dataset.nats_per_bit(dataset.train) == pytest.approx(math.log(2))
     assert not (tmp_path / "cache").exists()
 
 
@@ -150,7 +151,7 @@ def test_bpe_tokens_decode_to_the_splits(tmp_path: Path) -> None:
     assert dataset.tokenizer.vocab_size == 270
     for part, tokens in ((corpus.train, dataset.train), (corpus.valid, dataset.valid), (corpus.test, dataset.test)):
         assert dataset.tokenizer.decode(tokens.tolist()).encode() == part
-    assert dataset.train_bytes == len(corpus.train) > len(dataset.train)
+        assert dataset.nats_per_bit(tokens) == pytest.approx(len(part) / len(tokens) * math.log(2))
 
 
 def test_word_tokens_cover_the_whole_training_split(tmp_path: Path) -> None:

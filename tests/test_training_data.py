@@ -86,6 +86,26 @@ def test_every_stream_forgets_at_the_start_of_an_epoch_and_only_there_without_ra
     assert all(reset.all() or not reset.any() for reset in resets)
 
 
+@given(SIZES, st.integers(1, 4), st.integers(0, 9))
+def test_what_several_processes_read_is_together_what_one_reads_and_no_token_twice(
+    sizes: tuple[int, int, int], num_processes: int, seed: int
+) -> None:
+    per_process, block, more = sizes
+    num_streams = per_process * num_processes
+    parts = [slice(rank * per_process, (rank + 1) * per_process) for rank in range(num_processes)]
+    tokens = np.arange(num_streams * 2 * block + more)
+    alone, *shared = (
+        Streams(tokens, num_streams=num_streams, block=block, seed=seed, reset_prob=0.3, own=own)
+        for own in (slice(None), *parts)
+    )
+    for _ in range(12):
+        whole, batches = alone.next(), [streams.next() for streams in shared]
+        for name in ("inputs", "targets", "reset"):
+            assert torch.equal(torch.cat([getattr(batch, name) for batch in batches]), getattr(whole, name))
+        assert len(torch.cat([batch.inputs for batch in batches]).unique()) == num_streams * block
+        assert all(streams.state_dict() == alone.state_dict() for streams in shared)
+
+
 def test_random_resets_come_as_often_as_asked_and_move_no_text() -> None:
     calm, forgetful = make(8, 2, 8000), make(8, 2, 8000, reset_prob=0.25)
     blocks = [(calm.next(), forgetful.next()) for _ in range(400)]

@@ -149,6 +149,46 @@ def test_a_step_uses_the_scheduled_rate_and_forgets_the_gradients(name: str) -> 
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class Persistent(nn.Module):
+    """A model whose hidden weights Muon takes, one of them a matrix for each of two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 6)])
+        self.layers[0].register_parameter("persistent", nn.Parameter(torch.randn(2, 3, 6)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden: Tensor = self.layers[0](inputs)
+        output: Tensor = self.layers[1](hidden + self.layers[0].persistent.sum((0, 1)).tanh())
+        return output
+
+
+@pytest.mark.parametrize("name", ["adamw", "adagrad", "muon"])
+def test_what_is_saved_of_an_optimizer_is_told_by_the_names_of_parameters(name: str) -> None:
+    model = Persistent()
+    optimizer = Optimizer(model, configure(name=name))
+    learn(model, optimizer, steps=range(1))
+    names = {parameter for parameter, _ in model.named_parameters()}
+    if name == "muon":
+        names = names - {"layers.0.weight", "layers.1.weight", "layers.0.persistent"}
+        names |= {"layers.0.weight[0]", "layers.1.weight[0]", "layers.0.persistent[0]", "layers.0.persistent[1]"}
+    assert optimizer.state_dict().keys() == names
+
+
+def test_a_resumed_muon_goes_on_bit_by_bit() -> None:
+    config = configure(name="muon", weight_decay=0.1)
+    whole = Persistent()
+    optimizer = Optimizer(whole, config)
+    learn(whole, optimizer, steps=range(4))
+    resumed = copy.deepcopy(whole)
+    again = Optimizer(resumed, config)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    learn(whole, optimizer, steps=range(4, 9))
+    learn(resumed, again, steps=range(4, 9))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("name", ["adamw", "adagrad"])
 def test_a_resumed_optimizer_goes_on_bit_by_bit(name: str) -> None:
     config = configure(name=name, schedule="cosine", warmup_steps=3, weight_decay=0.1, grad_clip=0.2)

@@ -13,6 +13,7 @@ from training.loop import Report
 from training.record import EVENTS, METRICS, Record, RecordError, read_metrics
 
 NATS_PER_BIT = 2.0
+VALID_NATS_PER_BIT = 4.0
 
 
 def report(step: int, *, loss: float = 4.0, norm: float = 1.0) -> Report:
@@ -21,7 +22,7 @@ def report(step: int, *, loss: float = 4.0, norm: float = 1.0) -> Report:
 
 
 def open_record(folder: Path, *, resume_step: int = 0) -> Record:
-    return Record(folder, resume_step=resume_step, nats_per_bit=NATS_PER_BIT)
+    return Record(folder, resume_step=resume_step, nats_per_bit=NATS_PER_BIT, valid_nats_per_bit=VALID_NATS_PER_BIT)
 
 
 def write_steps(folder: Path, first: int, last: int, *, resume_step: int = 0, loss: float = 4.0) -> None:
@@ -59,7 +60,7 @@ def test_a_look_and_the_spans_are_told_too(tmp_path):
         record.spans(report(7), [[32.04, 512.0], [33.0, 40.0]])
     valid, spans = read_metrics(tmp_path)
     assert (valid["kind"], valid["step"], valid["tokens"]) == ("valid", 7, 700)
-    assert (valid["nats_per_token"], valid["bits_per_byte"]) == (3.0, 1.5)
+    assert (valid["nats_per_token"], valid["bits_per_byte"]) == (3.0, 0.75)
     assert (spans["kind"], spans["spans"]) == ("spans", [[32.0, 512.0], [33.0, 40.0]])
 
 
@@ -73,7 +74,7 @@ def test_tensorboard_shows_the_same_figures(tmp_path):
         "train/nats_per_token": {1: 2.0, 2: 4.0},
         "train/bits_per_byte": {1: 1.0, 2: 2.0},
         "valid/nats_per_token": {2: 3.0},
-        "valid/bits_per_byte": {2: 1.5},
+        "valid/bits_per_byte": {2: 0.75},
         "lr": {1: 0.01, 2: 0.01},
         "gradient_norm": {1: 1.0, 2: 1.0},
         "tokens_per_second": {1: 200.0, 2: 200.0},

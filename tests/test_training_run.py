@@ -16,9 +16,12 @@ import torch
 
 from model.bundle import open_bundle
 from model.network import AllAttentionLM
+from training.checkpoint import load_best, save_best
 from training.config import load_config
 from training.corpus import SHAKESPEARE
 from training.loop import NonFiniteLossError, Run
+from training.record import read_metrics
+from training.run import best_so_far, checkpoints_of, main
 
 CONFIG = """
 out = "{folder}/bundle"
@@ -69,7 +72,7 @@ def run(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 def interrupt(config: Path, *, after_step: int, signal_number: int) -> tuple[int, str]:
     """Start a run, send a signal once a checkpoint is there, and return its status and what it said."""
-    checkpoint = config.parent / "bundle.run" / f"step-{after_step:09d}.pt"
+    checkpoint = config.parent / "bundle.run" / "checkpoints" / f"step-{after_step:09d}.pt"
     with subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not checkpoint.exists():
@@ -100,7 +103,7 @@ def test_a_run_ends_in_a_bundle_and_the_command_that_serves_it(whole):
     assert re.search(r"valid: \d+\.\d+ bits/byte", ended.stdout)
     assert "bits/byte" in ended.stderr
     assert "tokens/s" in ended.stderr
-    assert not (bundle.parent / "bundle.run").exists()
+    assert not (bundle.parent / "bundle.run" / "checkpoints").exists()
     opened = open_bundle(bundle)
     assert opened.training["tokens_seen"] == 20 * 4 * 16
     assert set(opened.training["splits"]) == {"valid", "test"}
@@ -216,6 +219,43 @@ def test_the_validation_loss_is_nats_per_token(tmp_path):
         training.network.output.bias.zero_()
     tokens = np.frombuffer(SHAKESPEARE.read_bytes()[4000:6000], np.uint8)
     assert training.loss_on(tokens) == pytest.approx(np.log(256), rel=1e-5)
+
+
+def test_the_best_weights_are_published_and_an_older_record_begins_anew(tmp_path, capsys):
+    config = write_config(tmp_path / "worse")
+    flags = ["--optim.lr", "1.0", "--optim.warmup_steps", "60", "--optim.schedule", "constant"]
+    flags += ["--eval.every_steps", "4", "--optim.max_steps", "22", "--checkpoint.every_seconds", "1e9"]
+    for _ in range(2):
+        assert main([str(config), *flags]) == 0
+        said = capsys.readouterr().out
+        metrics = read_metrics(tmp_path / "worse" / "bundle.run")
+        assert [line["step"] for line in metrics if line["kind"] == "train"] == list(range(1, 23))
+        looks = {line["step"]: line["nats_per_token"] for line in metrics if line["kind"] == "valid"}
+        assert list(looks) == [4, 8, 12, 16, 20, 22]
+        best = min(looks, key=looks.__getitem__)
+        assert best < 22
+        assert said.count(f"that of step {best} was the best") == 1
+        opened = open_bundle(tmp_path / "worse" / "bundle")
+        assert opened.training["weights_of_step"] == best
+        assert opened.training["splits"]["valid"]["bits_per_token"] * np.log(2) == pytest.approx(looks[best], abs=0.3)
+        assert "plots/loss.png" in opened.card
+
+
+def test_a_best_that_was_measured_otherwise_or_is_of_another_run_does_not_count(tmp_path):
+    training = small_run(tmp_path)
+    folder = checkpoints_of(training.config)
+
+    def best(*, tokens: int, step_count: int) -> float:
+        save_best(folder, {"step": 3, "valid": 2.5, "tokens": tokens, "network": {}})
+        training.step_count = step_count
+        return best_so_far(training)
+
+    assert best(tokens=500, step_count=5) == 2.5
+    assert load_best(folder) is not None
+    assert best(tokens=400, step_count=5) == np.inf
+    assert load_best(folder) is None
+    assert best(tokens=500, step_count=0) == np.inf
+    assert load_best(folder) is None
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ A split is bytes until a tokenizer reads it. Knows nothing of batches.
 """
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,7 @@ CLASSICS8_SHA256 = (
     "432be13988668513cfedf725ebee0e5c8aafe81c3a25468a2039b1bcb81a8fcd",
 )
 HUNDRED_MEGABYTES = 100_000_000
+_AT_ONCE = 1 << 20  # tokens looked up together
 TOKENIZER_SAMPLE = 20_000_000  # bytes of the training split from which a BPE is learned; more changes few merges
 
 
@@ -56,7 +58,13 @@ class Dataset:
     train: np.ndarray  # [n] integers
     valid: np.ndarray
     test: np.ndarray | None
-    train_bytes: int
+
+    def nats_per_bit(self, tokens: np.ndarray) -> float:
+        """How many nats a token of a stretch [n] make one bit per byte of the text that it stands for."""
+        sizes = np.array([len(self.tokenizer.token_bytes(id)) for id in range(self.tokenizer.vocab_size)])
+        starts = range(0, len(tokens), _AT_ONCE)
+        num_bytes = sum(int(sizes[tokens[start : start + _AT_ONCE]].sum()) for start in starts)
+        return num_bytes / len(tokens) * math.log(2)
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -91,7 +99,6 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Dataset:
         train=_encode(corpus.train, learned, data.cache_dir),
         valid=_encode(corpus.valid, learned, data.cache_dir),
         test=None if corpus.test is None else _encode(corpus.test, learned, data.cache_dir),
-        train_bytes=len(corpus.train),
     )
     for split, tokens in (("valid", dataset.valid), ("test", dataset.test)):
         if tokens is not None and len(tokens) < 2 * data.block:

@@ -1,21 +1,24 @@
 """One training run: what changes while a model learns, the step that changes it, and the loop around the step.
 
-The order of a step: fresh streams, forward, loss, check, backward, clip, update, clamp. Knows no files.
+The order of a step: fresh streams, forward, loss, backward, check, clip, update, clamp. Every device does the same step
+with its own streams. Knows no files.
 """
 
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.network import AllAttentionLM, StreamCache
 from training.config import RunConfig
-from training.data import Streams
+from training.data import Batch, Streams
+from training.devices import Devices, cut_like, whole
 from training.optim import Optimizer
 
 
@@ -35,26 +38,78 @@ class Report:
     seconds: float  # spent in steps since the start of the run, resumptions included
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """Blocks to learn from. No tuple: DDP and FSDP would move all tensors in one to the device."""
+
+    inputs: Tensor  # [b, M] int64
+    targets: Tensor  # [b, M] int64
+    cache: StreamCache
+
+
+class Learner(nn.Module):
+    """Network and loss in one call, which is what DDP and FSDP need in order to see gradients come and go."""
+
+    def __init__(self, network: AllAttentionLM) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, lesson: Lesson) -> tuple[Tensor, Tensor, StreamCache]:
+        """The nats of the targets, summed, the span penalty, and the cache for the next block."""
+        hidden, cache = self.network(lesson.inputs, lesson.cache)
+        return self.network.loss(hidden, lesson.targets), self.network.span_penalty(), cache
+
+
 class Run:
     """A model in training, with optimizer, place in the data, caches and clock; `state` is all a checkpoint needs."""
 
-    def __init__(self, config: RunConfig, network: AllAttentionLM, tokens: np.ndarray) -> None:
-        """tokens: [n] integers, the training split."""
+    def __init__(
+        self, config: RunConfig, network: AllAttentionLM, tokens: np.ndarray, *, devices: Devices | None = None
+    ) -> None:
+        """tokens: [n] integers, the training split; devices: if not those that `config` names, in one process.
+
+        Raises:
+            ConfigError: the streams cannot be dealt out to the devices, or the split is too short for them.
+        """
         self.config = config
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(auto if config.device == "auto" else config.device)
-        self.network = network.to(self.device)
+        self.devices = devices or Devices.alone(config.device)
+        own = self.devices.share_of(config.data.batch, accumulate=config.optim.accumulate)
         self.streams = Streams(
             tokens,
             num_streams=config.data.batch,
             block=config.data.block,
             seed=config.seed,
             reset_prob=config.data.reset_prob,
+            own=own,
         )
+        self.network = network
+        self._spans = [layer.span for layer in network.layers]
+        self._learner = self._spread()
         self.optimizer = Optimizer(network, config.optim)
-        self.cache: StreamCache = self.network.init_cache(config.data.batch)
+        self._own = own
+        num_streams = (own.stop - own.start) // config.optim.accumulate
+        self._caches = [self._fresh_cache(num_streams) for _ in range(config.optim.accumulate)]  # in order of streams
         self.step_count = 0
         self.seconds = 0.0
+        if not self.devices.is_first:  # rank 0 goes on with what drew the weights
+            torch.manual_seed(config.seed + self.devices.rank)
+
+    def _spread(self) -> nn.Module:
+        self.network.checkpoint_activations = self.config.checkpoint_activations
+        if self.config.compile:
+            for layer in self.network.layers:
+                layer.compile(dynamic=False)
+        return self.devices.spread(Learner(self.network), parts=list(self.network.layers), kept=self._spans)
+
+    def _fresh_cache(self, num_streams: int) -> StreamCache:
+        with self._autocast():
+            cache = self.network.init_cache(num_streams)
+        return StreamCache(tuple(map(whole, cache.hidden)), cache.filled)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.devices.device
 
     @property
     def tokens_seen(self) -> int:
@@ -72,18 +127,13 @@ class Run:
         """Learn from the next block of every stream.
 
         Raises:
-            NonFiniteLossError: the loss or the gradient is not finite; nothing has been updated.
+            NonFiniteLossError: the loss or the gradient is not finite; nothing has been updated. So on every device.
         """
         begun = time.perf_counter()
-        self.network.train()
-        batch = self.streams.next()
-        inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-        with self._autocast():
-            hidden, cache = self.network(inputs, self.cache.reset(batch.reset))
-            loss = self.network.loss(hidden, targets) / targets.numel()
-        (loss + self.config.optim.span_penalty * self.network.span_penalty()).backward()  # type: ignore[no-untyped-call]
+        self._learner.train()
+        nats, caches = self._gradients(self.streams.next())
+        nats = self.devices.sum(nats) / (self.config.data.batch * self.config.data.block)
         norm = self.optimizer.clip()
-        nats = float(loss.detach())
         if not (math.isfinite(nats) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             raise NonFiniteLossError(
@@ -93,10 +143,27 @@ class Run:
             )
         rate = self.optimizer.step(step=self.step_count, share=self.share)
         self.network.clamp_spans()
-        self.cache = cache
+        self._caches = caches
         self.step_count += 1
-        self.seconds += time.perf_counter() - begun
+        self.seconds += self.devices.of_first(time.perf_counter() - begun)  # one clock: it may decide the schedule
         return Report(self.step_count, self.tokens_seen, nats, norm, rate, self.seconds)
+
+    def _gradients(self, batch: Batch) -> tuple[float, list[StreamCache]]:
+        """Leave the gradient of the mean loss of all devices; return the nats of this one's targets, and its caches."""
+        num_parts, total, caches = len(self._caches), 0.0, []
+        lines = zip(*(tensor.chunk(num_parts) for tensor in (batch.inputs, batch.targets, batch.reset)), strict=True)
+        for number, (inputs, targets, reset) in enumerate(lines, 1):
+            last = number == num_parts
+            with nullcontext() if last else self.devices.hold_back(self._learner):
+                cache = self._caches[number - 1].reset(reset)
+                with self._autocast():
+                    nats, penalty, cache = self._learner(Lesson(inputs.to(self.device), targets.to(self.device), cache))
+                    loss = nats / batch.targets.numel()
+                (loss + self.config.optim.span_penalty / num_parts * penalty).backward()
+            total = total + nats.detach()
+            caches.append(cache)
+        self.devices.average(self._spans)
+        return float(total), caches
 
     def steps(self) -> Iterator[Report]:
         """Step until the run is done."""
@@ -105,44 +172,84 @@ class Run:
 
     @torch.no_grad()
     def loss_on(self, tokens: np.ndarray, *, num_streams: int = 16) -> float:
-        """Nats per token of a stretch of another split, read as several streams at once: quick, to watch progress."""
+        """Nats per token of a stretch of another split, read as several streams at once: quick, to watch progress.
+
+        Every device reads all of it: where weights are cut up all must take part, and waiting takes as long.
+        """
         num_streams = min(num_streams, max(1, len(tokens) // (2 * self.config.data.block)))
         streams = Streams(tokens, num_streams=num_streams, block=self.config.data.block, seed=0, reset_prob=0.0)
-        self.network.eval()
-        cache, total, count = self.network.init_cache(num_streams), 0.0, 0
+        self._learner.eval()
+        cache, total, count = self._fresh_cache(num_streams), 0.0, 0
         for _ in range(streams.blocks_per_epoch):
             batch = streams.next()
             with self._autocast():
-                hidden, cache = self.network(batch.inputs.to(self.device), cache)
-                total += float(self.network.loss(hidden, batch.targets.to(self.device)))
+                lesson = Lesson(batch.inputs.to(self.device), batch.targets.to(self.device), cache)
+                nats, _, cache = self._learner(lesson)
+            total += float(nats)
             count += batch.targets.numel()
-        return total / count
+        return self.devices.of_first(total / count)
+
+    def spans(self) -> list[list[float]]:
+        """The learned span of every head in tokens, a list for each layer."""
+        return [(self.config.model.max_span * span.detach()).tolist() for span in self._spans]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights, whole, by name."""
+        return {name: whole(tensor) for name, tensor in self.network.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides the next steps, as tensors and plain values; `restore` makes them bit-exact."""
+        """Everything that decides the next steps, as tensors and plain values, whole on rank 0.
+
+        It does not depend on the number of devices, but for the state of each one's random numbers.
+        """
         return {
-            "network": self.network.state_dict(),
+            "network": self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "streams": self.streams.state_dict(),
-            "cache": {"hidden": list(self.cache.hidden), "filled": self.cache.filled},
-            "random": _random_state(self.device),
+            "cache": {
+                "hidden": [
+                    self.devices.gather(_joined([cache.hidden[layer] for cache in self._caches]))
+                    for layer in range(len(self.network.layers))
+                ],
+                "filled": self.devices.gather(_joined([cache.filled for cache in self._caches])),
+            },
+            "random": {name: self.devices.gather(state[None]) for name, state in _random_state(self.device).items()},
             "step": self.step_count,
             "seconds": self.seconds,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        self.network.load_state_dict(state["network"])
+        """Go on from what `state` returned: bit for bit, or, with another number of devices, to rounding and dropout.
+
+        With another number, dropout draws from fresh seeds, which (seed, step, rank) decide.
+        """
+        for name, tensor in self.network.state_dict().items():
+            tensor.copy_(cut_like(state["network"][name], tensor))
         self.optimizer.load_state_dict(state["optimizer"])
         self.streams.load_state_dict(state["streams"])
-        hidden = tuple(tensor.to(self.device) for tensor in state["cache"]["hidden"])
-        self.cache = StreamCache(hidden, state["cache"]["filled"].cpu())
-        _set_random_state(state["random"], self.device)
+        self._caches = self._cut(state["cache"])
         self.step_count = state["step"]
         self.seconds = state["seconds"]
+        random, rank = state["random"], self.devices.rank
+        if len(random["cpu"]) == self.devices.size:
+            _set_random_state({name: states[rank].clone() for name, states in random.items()}, self.device)
+        else:
+            seeds = np.random.SeedSequence((self.config.seed, self.step_count, rank))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+
+    def _cut(self, saved: dict[str, Any]) -> list[StreamCache]:
+        """This device's part of the caches of all streams, in as many parts as a step computes one after another."""
+        num_parts = len(self._caches)
+        filled = saved["filled"][self._own].clone().chunk(num_parts)
+        parts = [tensor[self._own].to(self.device, copy=True).chunk(num_parts) for tensor in saved["hidden"]]
+        return [StreamCache(tuple(part), filled[i]) for i, part in enumerate(zip(*parts, strict=True))]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """How gradients become updates: AdamW, Muon or the paper's Adagrad, the learning rate over a run, and clipping.
 
-Knows the names of parameters (some are not decayed), no data and no files.
+Knows the names of parameters (their states are saved by name), no data and no files. Parameters may be cut up over
+devices (FSDP), Muon's not.
 """
 
 import math
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import OptimConfig
+from training.devices import cut_like, is_cut, whole
 
 
 class Optimizer:
@@ -17,6 +19,9 @@ class Optimizer:
 
     def __init__(self, network: nn.Module, config: OptimConfig) -> None:
         self.config = config
+        self._names: dict[Tensor, str] = {
+            parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad
+        }
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._matrices: list[tuple[nn.Parameter, nn.Parameter, int]] = []  # what Muon sees, of whom, which head
         self._inner = self._build(network)
@@ -32,6 +37,7 @@ class Optimizer:
         ]
         if hidden:
             self._matrices = [part for parameter in hidden for part in _as_matrices(parameter)]
+            self._names |= {matrix: f"{self._names[parameter]}[{head}]" for matrix, parameter, head in self._matrices}
             inner.append(
                 torch.optim.Muon(
                     [matrix for matrix, _, _ in self._matrices],
@@ -47,13 +53,19 @@ class Optimizer:
         """Vectors (norms, biases, spans) have no scale to decay; the position table is one matrix of all layers."""
         decayed = [p for p in parameters if p.dim() >= 2]
         rest = [p for p in parameters if p.dim() < 2]
-        decay = self.config.weight_decay
-        return [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+        parts = [(part, self.config.weight_decay) for part in _whole_and_cut(decayed)]
+        parts += [(part, 0.0) for part in _whole_and_cut(rest)]
+        return [{"params": part, "weight_decay": decay} for part, decay in parts]
 
     def clip(self) -> float:
         """Bound the global gradient norm (the paper's Adagrad bounds each parameter's own) and return it."""
         bound = self.config.grad_clip if self.config.name != "adagrad" and self.config.grad_clip else math.inf
-        return float(nn.utils.clip_grad_norm_(self._parameters, bound))
+        parts = _whole_and_cut([parameter for parameter in self._parameters if parameter.grad is not None])
+        norms = [whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+        for part in parts:
+            nn.utils.clip_grads_with_norm_(part, bound, norm)
+        return float(norm)
 
     def step(self, *, step: int, share: float) -> float:
         """Update, forget the gradients, and return the learning rate used.
@@ -78,13 +90,29 @@ class Optimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of the inner optimizers."""
-        return {"inner": [optimizer.state_dict() for optimizer in self._inner]}
+        """What is remembered of every parameter, by its name: whole tensors, however they are cut up over devices."""
+        return {
+            self._names[parameter]: {key: whole(value) for key, value in remembered.items()}
+            for optimizer in self._inner
+            for parameter, remembered in optimizer.state.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        for optimizer, saved in zip(self._inner, state["inner"], strict=True):
-            optimizer.load_state_dict(saved)
+        for optimizer in self._inner:
+            for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+                optimizer.state[parameter] = {
+                    key: cut_like(value, parameter) if value.dim() else value.to(parameter.device, copy=True)
+                    for key, value in state.get(self._names[parameter], {}).items()
+                }
+
+
+def _whole_and_cut(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those that are not cut up over devices and those that are, where there are any: torch does not mix them."""
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        parts[is_cut(parameter)].append(parameter)
+    return [part for part in parts if part]
 
 
 def _hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
@@ -152,5 +180,6 @@ class ClippedAdagrad(torch.optim.Optimizer):
         state["sum"].addcmul_(gradient, gradient)
         change = gradient / (state["sum"].sqrt() + group["eps"])
         if group["grad_clip"]:
-            change *= (group["grad_clip"] / (gradient.norm() + group["eps"])).clamp(max=1)
+            norm = whole(gradient.norm())
+            change *= (group["grad_clip"] / (norm + group["eps"])).clamp(max=1)
         parameter.sub_(change, alpha=group["lr"])

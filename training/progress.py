@@ -21,9 +21,9 @@ def redraw_seconds() -> float:
 class ProgressBar:
     """One line: how far the run is, loss in bits per byte, tokens per second, time left."""
 
-    def __init__(self, *, nats_per_bit: float, share: float) -> None:
+    def __init__(self, *, nats_per_bit: float, valid_nats_per_bit: float, share: float) -> None:
         """nats_per_bit: nats per token that make one bit per byte; share: how much of the run is done, 0 .. 1."""
-        self._nats_per_bit = nats_per_bit
+        self._nats_per_bit, self._valid_nats_per_bit = nats_per_bit, valid_nats_per_bit
         layout = "{percentage:5.1f}% |{bar:24}| {elapsed}<{remaining} {postfix}"
         pause = redraw_seconds()
         self._bar = tqdm(total=1.0, initial=share, bar_format=layout, mininterval=pause, maxinterval=pause)
@@ -47,7 +47,7 @@ class ProgressBar:
 
     def note(self, report: Report, *, valid: float) -> None:
         """Leave a line above the bar. valid: nats per token on the validation split."""
-        train, valid = self._loss / self._nats_per_bit, valid / self._nats_per_bit
+        train, valid = self._loss / self._nats_per_bit, valid / self._valid_nats_per_bit
         self._bar.write(
             f"step {report.step:7d}  {report.seconds:7.0f} s  train {train:.4f}  valid {valid:.4f} bits/byte  "
             f"lr {report.learning_rate:.2e}  gradient {report.gradient_norm:.2f}"

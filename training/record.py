@@ -39,13 +39,14 @@ class RecordError(ValueError):
 class Record:
     """Writes down the steps of a run. One process writes: under torchrun, that of rank 0."""
 
-    def __init__(self, folder: Path, *, resume_step: int, nats_per_bit: float) -> None:
+    def __init__(self, folder: Path, *, resume_step: int, nats_per_bit: float, valid_nats_per_bit: float) -> None:
         """Go on with the record in `folder`, or begin one.
 
         Args:
             resume_step: the step after which the run goes on, 0 for one that begins: all that is told of later steps is
                 dropped.
-            nats_per_bit: nats per token that make one bit per byte.
+            nats_per_bit: nats per token that make one bit per byte of the training split.
+            valid_nats_per_bit: the same of what is looked at of the validation split.
 
         Raises:
             RecordError: the folder cannot be written.
@@ -53,7 +54,7 @@ class Record:
         # The import costs a third of a second, which only a process that writes shall pay.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._nats_per_bit = nats_per_bit
+        self._nats_per_bit, self._valid_nats_per_bit = nats_per_bit, valid_nats_per_bit
         self._path = folder / METRICS
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,8 +96,9 @@ class Record:
     def look(self, report: Report, *, valid: float) -> None:
         """Write the loss on the validation split, in nats per token, as of a step."""
         with self._writing():
-            self._write("valid", report, self._loss(valid))
-            for name, figure in self._loss(valid).items():
+            figures = _loss(valid, self._valid_nats_per_bit)
+            self._write("valid", report, figures)
+            for name, figure in figures.items():
                 self._scalar(f"valid/{name}", figure, report.step)
             self._events.flush()
 
@@ -121,7 +123,7 @@ class Record:
         num = len(reports)
         tokens, seconds = self._told
         figures = {
-            **self._loss(sum(report.loss for report in reports) / num),
+            **_loss(sum(report.loss for report in reports) / num, self._nats_per_bit),
             "gradient_norm": sum(report.gradient_norm for report in reports) / num,
             "gradient_norm_max": max(report.gradient_norm for report in reports),
             "learning_rate": last.learning_rate,
@@ -132,9 +134,6 @@ class Record:
         for name, figure in figures.items():
             self._scalar(tags.get(name, name), figure, last.step)
         self._told, self._told_step, self._pending = (last.tokens, last.seconds), last.step, []
-
-    def _loss(self, nats: float) -> dict[str, float]:
-        return {"nats_per_token": nats, "bits_per_byte": nats / self._nats_per_bit}
 
     def _write(self, kind: str, report: Report, figures: Line) -> None:
         head = {"kind": kind, "step": report.step, "tokens": report.tokens, "seconds": round(report.seconds, 3)}
@@ -199,6 +198,10 @@ def _parse(text: str) -> Line | None:
         return None
     is_ours = isinstance(line, dict) and line.keys() >= PLACE and isinstance(line["step"], int)
     return line if is_ours else None
+
+
+def _loss(nats: float, nats_per_bit: float) -> dict[str, float]:
+    return {"nats_per_token": nats, "bits_per_byte": nats / nats_per_bit}
 
 
 def _short(figure: Any) -> Any:
