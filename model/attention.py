@@ -123,7 +123,7 @@ def chunked_attention(
                 persistent,
                 position=position,
                 mass=mass,
-                filled=None if filled is None or int(filled.min()) + start >= num_slots else filled + start,
+                filled=None if filled is None else filled + start,
                 dropout=dropout,
             )
         )

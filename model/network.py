@@ -68,7 +68,8 @@ class AllAttentionLM(nn.Module):
         hidden = F.dropout(hidden, config.embedding_dropout, self.training)
         table = self.position.flip(-1)  # [D, L], farthest first, as the keys are
         kept = []
-        filled = cache.filled if config.empty_slots == "masked" else None
+        all_full = config.empty_slots == "zero" or int(cache.filled.min()) >= config.max_span
+        filled = None if all_full else cache.filled.to(tokens.device)
         for layer, past, reaches in zip(self.layers, cache.hidden, self.reaches(), strict=True):
             kept.append(torch.cat((past, hidden.detach().to(past.dtype)), 1)[:, -config.max_span :])
             if self.checkpoint_activations and torch.is_grad_enabled():

@@ -24,6 +24,7 @@ TILE_BYTES = 1 << 22  # of the scores of a tile; at 1 MiB, what a core has in ca
 FLOOR = 1e-20
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # made of large calls already: tracing the loop only costs
 def tiled_attention(
     query: Tensor,
     key: Tensor,

@@ -119,7 +119,7 @@ class RunConfig(BaseSettings):
         frozen=True, extra="forbid", cli_avoid_json=True, nested_model_default_partial_update=True
     )
 
-    out: Path = Field(description="the bundle to write; checkpoints live in OUT.run until it is written")
+    out: Path = Field(description="the bundle to write; OUT.run keeps the record, and checkpoints until the bundle is written")
     seed: int = Field(default=1, ge=0, description="of weights, dropout and stream resets")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16"] = Field(
