@@ -1,15 +1,16 @@
 """Training speed beside two neighbours, in one run: the paper's formulation written out, and a GPT of the same size.
 
-`python -m benchmarks.training [--dtype bfloat16] [--device cuda] [--compile]` trains three models in turn, each in its
+`python -m benchmarks.training [--dtype bfloat16] [--device cuda] [--compile]` trains four models in turn, each in its
 own process, a few steps at a time, so that what else the machine does falls on all alike:
 
 - ours: `training.loop.Run`, as `python -m training.run` has it;
+- keys: the same with `--cache keys`: keys and values of earlier blocks are kept, not made again;
 - naive: the same network as the paper writes it: every head over the whole maximum span, scores moved from keys to
   distances and back, one normalisation for the softmax and one for the mask, loss from the scores of the whole block;
 - gpt: pre-norm transformer with feed-forward layers, as nanoGPT has it, on torch's scaled_dot_product_attention, with
   as many parameters, the same vocabulary and a context of L tokens.
 
-All three see as many tokens a step, random ones (speed does not depend on them), and learn with AdamW. Reported:
+All see as many tokens a step, random ones (speed does not depend on them), and learn with AdamW. Reported:
 tokens/s (median step), the share of the arithmetic that a large matrix product reaches on the same machine, and peak
 memory. Ends in one line of JSON for each case.
 """
@@ -37,8 +38,8 @@ from model.network import AllAttentionLM
 from training.config import RunConfig, load_config
 from training.loop import Run
 
-CONTENDERS = ("ours", "naive", "gpt")
-ROUNDS = 7  # of STEPS steps of each contender; the first warms up
+CONTENDERS = ("ours", "keys", "naive", "gpt")
+ROUNDS = 6  # of STEPS steps of each contender; the first warms up
 STEPS = 2
 
 
@@ -147,6 +148,11 @@ def ours(config: RunConfig, tokens: np.ndarray) -> tuple[Step, nn.Module]:
     return step, network
 
 
+def keys(config: RunConfig, tokens: np.ndarray) -> tuple[Step, nn.Module]:
+    """A step of `training.loop.Run` that keeps keys and values."""
+    return ours(config.model_copy(update={"cache": "keys"}), tokens)
+
+
 def naive(config: RunConfig, tokens: np.ndarray) -> tuple[Step, nn.Module]:
     """A step of the paper's formulation."""
     module = NaiveLM(_network(config)).to(_device(config))
@@ -249,7 +255,7 @@ def serve_contender(name: str, flags: list[str]) -> None:
     torch.manual_seed(1)
     tokens = np.random.default_rng(0).integers(config.tokenizer.vocab_size or 256, size=2_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step, module = {"ours": ours, "naive": naive, "gpt": gpt}[name](config, tokens.astype(np.int32))
+    step, module = {"ours": ours, "keys": keys, "naive": naive, "gpt": gpt}[name](config, tokens.astype(np.int32))
     cuda = _device(config).type == "cuda"
     for _ in sys.stdin:
         begun = time.perf_counter()
@@ -319,7 +325,7 @@ def main() -> None:
                 results = measure(flags, CONTENDERS)
             ratios = {
                 f"ours_over_{name}": results["ours"]["tokens_per_second"] / results[name]["tokens_per_second"]
-                for name in CONTENDERS[1:]
+                for name in ("naive", "gpt")
             }
             machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
             print(json.dumps({"device": machine, "dtype": dtype, "span": span, **results, **ratios}), flush=True)

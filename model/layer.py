@@ -34,14 +34,22 @@ class PersistentAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self, hidden: Tensor, past: Tensor, position: Tensor, *, reaches: Sequence[int], filled: Tensor | None
-    ) -> Tensor:
-        """Map the layer's inputs [B, M, E] to its outputs [B, M, E].
+        self,
+        hidden: Tensor,
+        past: Tensor,
+        position: Tensor,
+        *,
+        reaches: Sequence[int],
+        filled: Tensor | None,
+        cache_keys: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Map the layer's inputs [B, M, E] to its outputs [B, M, E], and to what later blocks need of it as their past.
 
         Heads of like reach are computed together, over no more of the past than they reach.
 
         Args:
-            past: [B, L, E], inputs of this layer at the L positions before the block.
+            past: [B, L, E], inputs of this layer at the L positions before the block; or, with `cache_keys`, the keys
+                and values they had, [B, L, 2 E].
             position: [D, L], column s for distance L - s.
             reaches: [H], a distance beyond which neither a head's mask nor its gradient differs from zero.
             filled: [B], how many of the L positions exist; None if all do.
@@ -58,7 +66,11 @@ class PersistentAttention(nn.Module):
         outputs = []
         for group, own in zip(groups, torch.split(fresh, [group.num_heads for group in groups], 1), strict=True):
             window = slice(config.max_span - group.num_slots, None)
-            before = _project(past[:, window], pairs[:, group.heads])  # [2, h, B, S, D]
+            before = (
+                self._of_group(past[:, window], order[group.heads])
+                if cache_keys
+                else _project(past[:, window], pairs[:, group.heads])
+            )  # [2, h, B, S, D]
             newest, *after = own.unbind()  # queries, and keys and values, [h, B, M, D]
             key, value = (torch.cat(parts, 2) for parts in zip(before.unbind(), after, strict=True))  # [h, B, S + M, D]
             block = self._persistent_block(*(tensor[group.heads] for tensor in persistent))
@@ -78,7 +90,18 @@ class PersistentAttention(nn.Module):
         attended = torch.cat(outputs).permute(1, 2, 0, 3).flatten(2)  # [B, M, E]
         out = self._of_heads(self.out.weight.mT, order).flatten(0, 1)  # [E, E], a row for each attended number
         output: Tensor = self.norm(hidden + attended.to(hidden.dtype) @ out)
-        return output
+        return output, self._joined(fresh[1:].detach(), order) if cache_keys else hidden.detach()
+
+    def _of_group(self, past: Tensor, heads: Sequence[int]) -> Tensor:
+        """Cached keys and values [B, S, 2 E] of some heads, [2, h, B, S, D]."""
+        config = self.config
+        pairs = past.view(*past.shape[:2], 2, config.num_heads, config.head_size)
+        return pairs[:, :, :, list(heads)].permute(2, 3, 0, 1, 4)
+
+    def _joined(self, pairs: Tensor, order: Sequence[int]) -> Tensor:
+        """Keys and values [2, H, B, M, D], heads in `order`, as [B, M, 2 E], heads in their own."""
+        own = sorted(range(len(order)), key=lambda place: order[place])
+        return pairs[:, own].permute(2, 3, 0, 1, 4).flatten(2)
 
     def _of_heads(self, weight: Tensor, order: Sequence[int]) -> Tensor:
         """[E, E] -> [H, D, E], the heads in another order."""

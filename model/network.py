@@ -4,7 +4,7 @@ Sizes: B streams, M tokens of a block, E width, D head size, L maximum span, V v
 data; `model.baked` turns it into what is served.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,17 @@ from model.spans import reach_of_heads
 class StreamCache(NamedTuple):
     """What earlier blocks leave behind for the next one; carries no gradient."""
 
-    hidden: tuple[Tensor, ...]  # [B, L, E] for each layer: its inputs, newest last, zero where the stream had not begun
+    # For each layer, at the L positions before the block, newest last, zero where the stream had not begun: its inputs
+    # [B, L, E], or what they made, keys and values [B, L, 2 E].
+    layers: tuple[Tensor, ...]
     filled: Tensor  # [B] int64 on the CPU: how many of the L positions exist
 
     def reset(self, streams: Tensor) -> "StreamCache":
         """Forget the past of the streams where `streams` [B] (bool) is true."""
         if not streams.any():
             return self
-        hidden = tuple(h.masked_fill(streams.to(h.device)[:, None, None], 0.0) for h in self.hidden)
-        return StreamCache(hidden, self.filled.masked_fill(streams, 0))
+        layers = tuple(one.masked_fill(streams.to(one.device)[:, None, None], 0.0) for one in self.layers)
+        return StreamCache(layers, self.filled.masked_fill(streams, 0))
 
 
 class AllAttentionLM(nn.Module):
@@ -39,6 +41,9 @@ class AllAttentionLM(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # compute the inside of each layer again in the backward pass
+        # Keep the keys and values of earlier blocks, not what they are made of: they need not be made again, but are
+        # those of the weights of their time, whose gradient then sees them in their own block only.
+        self.cache_keys = False
         adaptive = config.embedding == "adaptive"
         self.embedding = AdaptiveEmbedding(config) if adaptive else nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(torch.randn(config.head_size, config.max_span))
@@ -51,7 +56,8 @@ class AllAttentionLM(nn.Module):
         """The cache of streams that have not begun, in autocast's dtype: that is what layers read it in."""
         config, kind = self.config, self.position.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.position.dtype
-        empty = self.position.new_zeros(num_streams, config.max_span, config.width, dtype=dtype)
+        size = config.width * (2 if self.cache_keys else 1)
+        empty = self.position.new_zeros(num_streams, config.max_span, size, dtype=dtype)
         return StreamCache((empty,) * config.num_layers, torch.zeros(num_streams, dtype=torch.int64))
 
     def forward(self, tokens: Tensor, cache: StreamCache) -> tuple[Tensor, StreamCache]:
@@ -70,12 +76,13 @@ class AllAttentionLM(nn.Module):
         kept = []
         all_full = config.empty_slots == "zero" or int(cache.filled.min()) >= config.max_span
         filled = None if all_full else cache.filled.to(tokens.device)
-        for layer, past, reaches in zip(self.layers, cache.hidden, self.reaches(), strict=True):
-            kept.append(torch.cat((past, hidden.detach().to(past.dtype)), 1)[:, -config.max_span :])
+        for layer, past, reaches in zip(self.layers, cache.layers, self.reaches(), strict=True):
+            more: dict[str, Any] = {"reaches": reaches, "filled": filled, "cache_keys": self.cache_keys}
             if self.checkpoint_activations and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, past, table, reaches=reaches, filled=filled, use_reentrant=False)
+                hidden, new = checkpoint(layer, hidden, past, table, **more, use_reentrant=False)
             else:
-                hidden = layer(hidden, past, table, reaches=reaches, filled=filled)
+                hidden, new = layer(hidden, past, table, **more)
+            kept.append(torch.cat((past, new.to(past.dtype)), 1)[:, -config.max_span :])
         hidden = F.dropout(hidden, config.embedding_dropout, self.training)  # what meets embeddings again at the output
         seen = (cache.filled + tokens.shape[1]).clamp(max=config.max_span)
         return hidden, StreamCache(tuple(kept), seen)

@@ -119,6 +119,18 @@ def test_the_network_equals_the_oracle_wherever_a_text_is_cut(cuts: set[int], em
     assert np.abs(logits[0].double().numpy() - wanted).max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_with_keys_kept_the_network_equals_the_oracle_too(case: Case) -> None:
+    network, wanted = expected(case)
+    network.cache_keys = True
+    try:
+        logits, cache = read(network, torch.tensor([TOKENS]), (7,) * 14 + (2,))
+    finally:
+        network.cache_keys = False
+    assert np.abs(logits[0].double().numpy() - wanted).max() <= TOLERANCE
+    assert [tuple(layer.shape) for layer in cache.layers] == [(1, 40, 16)] * 2
+
+
 def test_a_shifted_position_table_would_be_noticed() -> None:
     network, wanted = expected(Case())
     weights = weights_of(network)
@@ -181,7 +193,7 @@ def test_a_reset_stream_equals_a_fresh_one_and_leaves_the_others_alone(empty_slo
 def test_resetting_no_stream_changes_nothing() -> None:
     _, cache = read(Case().build(), random_tokens(2, 9), [9])
     kept = cache.reset(torch.tensor([False, False]))
-    assert all(torch.equal(a, b) for a, b in zip(kept.hidden, cache.hidden, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept.layers, cache.layers, strict=True))
     assert torch.equal(kept.filled, cache.filled)
 
 
@@ -189,23 +201,23 @@ def test_the_cache_holds_the_last_inputs_of_each_layer_and_counts_up_to_the_maxi
     network, tokens = Case().build(), random_tokens(2, 60)
     fresh = network.init_cache(2)
     assert fresh.filled.tolist() == [0, 0]
-    assert not any(hidden.any() for hidden in fresh.hidden)
+    assert not any(hidden.any() for hidden in fresh.layers)
     _, short = read(network, tokens[:, :15], [10, 5])
     assert short.filled.tolist() == [15, 15]
-    assert not short.hidden[0][:, :25].any()
-    torch.testing.assert_close(short.hidden[0][:, 25:], network.embedding(tokens[:, :15]))
+    assert not short.layers[0][:, :25].any()
+    torch.testing.assert_close(short.layers[0][:, 25:], network.embedding(tokens[:, :15]))
     _, full = read(network, tokens, [60])
     assert full.filled.tolist() == [40, 40]
     assert full.filled.device.type == "cpu"
-    torch.testing.assert_close(full.hidden[0], network.embedding(tokens[:, 20:]))
-    assert [tuple(hidden.shape) for hidden in full.hidden] == [(2, 40, 8)] * 2
+    torch.testing.assert_close(full.layers[0], network.embedding(tokens[:, 20:]))
+    assert [tuple(hidden.shape) for hidden in full.layers] == [(2, 40, 8)] * 2
 
 
 def test_the_cache_carries_no_gradient() -> None:
     network, tokens = Case().build(), random_tokens(1, 20)
     first, cache = network(tokens[:, :10], network.init_cache(1))
     assert first.requires_grad
-    assert not any(hidden.requires_grad for hidden in cache.hidden)
+    assert not any(hidden.requires_grad for hidden in cache.layers)
     second, _ = network(tokens[:, 10:], cache)
     (gradient,) = torch.autograd.grad(second.sum(), network.embedding.weight)
     only_first = sorted(set(tokens[0, :10].tolist()) - set(tokens[0, 10:].tolist()))

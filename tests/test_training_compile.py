@@ -1,4 +1,4 @@
-"""Compiled layers, layers computed again in the backward pass, and both: the same run."""
+"""Ways to compute the same run: compiled, layer by layer again in the backward pass, with keys kept, in bfloat16."""
 
 import shutil
 from pathlib import Path
@@ -61,4 +61,12 @@ def test_in_bfloat16_the_caches_are_kept_in_it_and_the_losses_stay_close(tmp_pat
     config = load_config([str(tmp_path / "run.toml"), "--dtype", "bfloat16"])
     run = Run(config, AllAttentionLM(config.model.with_vocabulary(50)), TOKENS)
     run.step()
-    assert {tensor.dtype for cache in run._caches for tensor in cache.hidden} == {torch.bfloat16}
+    assert {tensor.dtype for cache in run._caches for tensor in cache.layers} == {torch.bfloat16}
+
+
+def test_a_run_that_keeps_keys_begins_alike_and_goes_on_from_what_the_weights_made(tmp_path):
+    plain, kept = losses(tmp_path), losses(tmp_path, "--cache", "keys")
+    assert kept[0] == pytest.approx(plain[0], rel=1e-6)  # no past yet
+    assert kept == pytest.approx(plain, rel=0.01)
+    assert kept[2:] != pytest.approx(plain[2:], rel=1e-7)  # keys of older weights, whose gradient sees less
+    assert losses(tmp_path, "--cache", "keys", "--checkpoint_activations", "true") == pytest.approx(kept, rel=1e-6)

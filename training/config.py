@@ -119,7 +119,9 @@ class RunConfig(BaseSettings):
         frozen=True, extra="forbid", cli_avoid_json=True, nested_model_default_partial_update=True
     )
 
-    out: Path = Field(description="the bundle to write; OUT.run keeps the record, and checkpoints until the bundle is written")
+    out: Path = Field(
+        description="the bundle to write; OUT.run keeps the record, and checkpoints until the bundle is written"
+    )
     seed: int = Field(default=1, ge=0, description="of weights, dropout and stream resets")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -129,6 +131,11 @@ class RunConfig(BaseSettings):
     compile: bool = Field(default=False, description="torch.compile the layers")
     checkpoint_activations: bool = Field(
         default=False, description="compute the inside of each layer again in the backward pass, to save memory"
+    )
+    cache: Literal["inputs", "keys"] = Field(
+        default="inputs",
+        description="what earlier blocks leave behind: each layer's inputs, of which keys and values are made anew, or "
+        "the keys and values they had: faster, in twice the memory, without a gradient from later blocks",
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="under torchrun: whole copies, or weights and optimizer cut in parts (FSDP2)"

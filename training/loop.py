@@ -96,6 +96,7 @@ class Run:
 
     def _spread(self) -> nn.Module:
         self.network.checkpoint_activations = self.config.checkpoint_activations
+        self.network.cache_keys = self.config.cache == "keys"
         if self.config.compile:
             for layer in self.network.layers:
                 layer.compile(dynamic=False)
@@ -104,7 +105,7 @@ class Run:
     def _fresh_cache(self, num_streams: int) -> StreamCache:
         with self._autocast():
             cache = self.network.init_cache(num_streams)
-        return StreamCache(tuple(map(whole, cache.hidden)), cache.filled)
+        return StreamCache(tuple(map(whole, cache.layers)), cache.filled)
 
     @property
     def device(self) -> torch.device:
@@ -207,8 +208,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "streams": self.streams.state_dict(),
             "cache": {
-                "hidden": [
-                    self.devices.gather(_joined([cache.hidden[layer] for cache in self._caches]))
+                "layers": [
+                    self.devices.gather(_joined([cache.layers[layer] for cache in self._caches]))
                     for layer in range(len(self.network.layers))
                 ],
                 "filled": self.devices.gather(_joined([cache.filled for cache in self._caches])),
@@ -241,7 +242,7 @@ class Run:
         """This device's part of the caches of all streams, in as many parts as a step computes one after another."""
         num_parts = len(self._caches)
         filled = saved["filled"][self._own].clone().chunk(num_parts)
-        parts = [tensor[self._own].to(self.device, copy=True).chunk(num_parts) for tensor in saved["hidden"]]
+        parts = [tensor[self._own].to(self.device, copy=True).chunk(num_parts) for tensor in saved["layers"]]
         return [StreamCache(tuple(part), filled[i]) for i, part in enumerate(zip(*parts, strict=True))]
 
     def _autocast(self) -> torch.autocast:

@@ -201,7 +201,7 @@ def checkpoints_of(config: RunConfig) -> Path:
 def settings(config: RunConfig) -> dict[str, Any]:
     """What must be the same for a run to go on: all that decides its numbers, but its length."""
     places = {"data": {"path", "cache_dir"}, "optim": {"accumulate", "max_steps", "max_seconds"}}
-    parts = {"seed", "dtype", "model", "data", "tokenizer", "optim"}
+    parts = {"seed", "dtype", "cache", "model", "data", "tokenizer", "optim"}
     return config.model_dump(mode="json", include=parts, exclude=places)
 
 
