@@ -28,6 +28,7 @@ check: .venv
 	.venv/bin/mypy
 
 bench: .venv
+	$(RUN) -m benchmarks.training
 	$(RUN) -m benchmarks.load --bundle $(BUNDLE)
 	$(RUN) -m benchmarks.stall --bundle $(BUNDLE)
 

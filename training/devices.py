@@ -159,13 +159,14 @@ def join(config: RunConfig) -> Iterator[Devices]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     yield Devices(device, dist.get_rank(), size, config.parallel)
-    # Not after an exception: the others may be waiting for what will never come, and end when this process does.
+    # Not after an exception: the others may be waiting for what will never come, and end when this process does. The
+    # group is never destroyed: whoever frees it holds the interpreter's lock and waits for gloo's thread, which may be
+    # waiting for that lock (torch 2.13). It ends with the process.
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; under torchrun at once, since in the interpreter's clean-up a thread of gloo may abort it."""
+    """End this process; under torchrun at once: the interpreter's clean-up would free the group, see `join`."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
