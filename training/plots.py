@@ -107,7 +107,7 @@ def draw_memory_share(shares: Sequence[float], *, num_tokens: int) -> bytes:
     if len(shares) <= 20:
         for layer, share in enumerate(shares):
             ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-            axes.text(layer, share + 0.02, f"{share:.0%}", ha="center", color=INK, fontsize=9, bbox=ground)
+            axes.text(layer, share + 0.035, f"{share:.0%}", ha="center", color=INK, fontsize=9, bbox=ground)
     axes.set_ylim(0, 1.08)
     axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
