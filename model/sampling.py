@@ -174,12 +174,6 @@ def score_targets(logits: Tensor, targets: Tensor, *, num_top: int = 0, entropy:
     return Scored(own, ranks, top_ids, top_logprobs, _entropy(logprobs) if entropy else None)
 
 
-def target_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two of `score_targets`."""
-    scored = score_targets(logits, targets)
-    return scored.logprobs, scored.ranks
-
-
 def join_scored(parts: Sequence[Scored]) -> Scored:
     """Figures of stretches that follow one another as those of one."""
     if len(parts) == 1:

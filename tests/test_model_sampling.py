@@ -12,7 +12,7 @@ from slow_sampling import Line, NearAnEdgeError, draw_lines, draw_many, lines_of
 
 from model import sampling
 from model.filters import pick
-from model.sampling import score_targets, target_logprobs, uniform_noise
+from model.sampling import score_targets, uniform_noise
 from server.messages import Sampling
 
 
@@ -254,11 +254,11 @@ def test_drawing_leaves_the_logits_as_they_were():
     assert torch.equal(logits, before)
 
 
-def test_target_logprobs_and_ranks_equal_a_sort():
+def test_logprobs_and_ranks_of_targets_equal_a_sort():
     torch.manual_seed(2)
     logits = torch.randn(3, 7, 20)
     targets = torch.randint(20, (3, 7))
-    logprobs, ranks = target_logprobs(logits, targets)
+    logprobs, ranks = score_targets(logits, targets)[:2]
     assert torch.allclose(logprobs, logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0], atol=1e-6)
     order = logits.argsort(-1, descending=True)
     assert torch.equal(ranks, (order == targets[..., None]).int().argmax(-1))
