@@ -6,6 +6,7 @@ from typing import Any
 
 from model.baked import BakedLM
 from model.bundle import PICTURE_SUFFIX, PLOTS
+from model.config import ModelConfig
 from training.evaluate import Evaluation
 from training.loop import Run
 
@@ -53,11 +54,7 @@ def bundle_card(
     cold = [f"bits per byte, first {length} tokens of fresh streams" for length in lengths]
     head = ["split", "bits per byte", "nats per character", "perplexity per token", *cold]
     parts = [
-        f"# {name}",
-        f"""An all-attention language model (arXiv 1907.01470): no feed-forward layers; its heads attend to the context
-and to learned persistent vectors. {config.num_parameters / 1e6:.2f} M parameters: {config.num_layers} layers, width
-{config.width}, {config.num_heads} heads, {config.num_persistent} persistent vectors a head, spans of up to
-{config.max_span} tokens, a vocabulary of {config.vocab_size}.""",
+        introduction(config, name=name),
         f"""Trained with `python -m training.run` on {facts["data"]}: {facts["steps"]:,} steps, {facts["tokens_seen"]:,}
 tokens ({facts["epochs"]} epochs), {facts["seconds"]:,.0f} s in steps. Every setting is in config.json under
 `training`.""",
@@ -72,6 +69,16 @@ tokens:""",
         *shown.values(),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def introduction(config: ModelConfig, *, name: str) -> str:
+    """What any bundle is, in Markdown: its heading and a paragraph."""
+    return f"""# {name}
+
+An all-attention language model (arXiv 1907.01470): no feed-forward layers; its heads attend to the context
+and to learned persistent vectors. {config.num_parameters / 1e6:.2f} M parameters: {config.num_layers} layers, width
+{config.width}, {config.num_heads} heads, {config.num_persistent} persistent vectors a head, spans of up to
+{config.max_span} tokens, a vocabulary of {config.vocab_size}."""
 
 
 def _picture(name: str) -> str:

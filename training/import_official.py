@@ -16,6 +16,7 @@ from torch import Tensor
 from model.bundle import BundleError, save_bundle
 from model.config import ModelConfig
 from model.spans import reach_of_heads
+from training.card import introduction
 from training.official_checkpoint import OfficialCheckpointError, read_checkpoint
 from training.official_vocabulary import (
     SYMBOLS,
@@ -129,11 +130,7 @@ def import_card(facts: dict[str, Any], config: ModelConfig, *, name: str) -> str
     vocabulary = facts["vocabulary"]
     unused = vocabulary["num_unused_ids"]
     parts = [
-        f"# {name}",
-        f"""An all-attention language model (arXiv 1907.01470): no feed-forward layers; its heads attend to the context
-and to learned persistent vectors. {config.num_parameters / 1e6:.2f} M parameters: {config.num_layers} layers, width
-{config.width}, {config.num_heads} heads, {config.num_persistent} persistent vectors a head, spans of up to
-{config.max_span} tokens, a vocabulary of {config.vocab_size}.""",
+        introduction(config, name=name),
         f"""It was not trained with allattn: `python -m training.import_official` read it from a checkpoint of the
 paper's own code, github.com/facebookresearch/adaptive-span, the file `{facts["imported_from"]}` with the sha256
 `{facts["sha256"]}`. **Check the licence of the checkpoint** before you use or share this bundle: that code is under
