@@ -22,7 +22,7 @@ from model.baked import BakedLM, bake
 from model.config import ModelConfig
 from model.network import AllAttentionLM
 from server.messages import Sampling
-from server.runner import DTYPES, TorchRunner
+from server.runner import DTYPES, ModelRunner
 from server.sequence import Chunk, Draw
 
 PROMPT = 64
@@ -62,7 +62,7 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
 
 def decode_rate(model: BakedLM, batch: int, *, repeats: int) -> float:
     """Median tokens per second of all rows together."""
-    runner = TorchRunner(model, num_rows=batch)
+    runner = ModelRunner(model, num_rows=batch)
     tokens = np.arange(PROMPT, dtype=np.int32)
     for row in range(batch):
         runner.reset(row)
@@ -100,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     dtype = DTYPES[args.dtype]
     model = (
-        paper_model(dtype) if args.paper else TorchRunner.from_bundle(args.bundle, num_rows=1, dtype=args.dtype).model
+        paper_model(dtype) if args.paper else ModelRunner.load(args.bundle, num_rows=1, dtype=args.dtype).model
     )
     bandwidth, flops = ceilings(dtype)
     rows = []

@@ -261,10 +261,10 @@ def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[st
     """Tokens per second of the engine class alone, by concurrency."""
     from server.config import load_settings
     from server.engine import Engine
-    from server.runner import TorchRunner
+    from server.runner import ModelRunner
 
     settings = load_settings(["--bundle", str(args.bundle), *flags_of(args.set)], environ={})
-    runner = TorchRunner.from_bundle(settings.bundle, **settings.model_dump(include=RUNNER_SETTINGS))
+    runner = ModelRunner.load(settings.bundle, **settings.model_dump(include=RUNNER_SETTINGS))
     runner.warm_up(settings.chunk_tokens)
     engine = Engine(runner, **settings.model_dump(include=ENGINE_SETTINGS))
     rows = settings.num_rows

@@ -30,13 +30,17 @@ class Block(NamedTuple):
     mass: Tensor | None = None  # broadcasts to [H, B, T, S]
 
 
-def joint_attention(query: Tensor, blocks: Sequence[Block], *, dropout: float = 0.0) -> Tensor:
+def joint_attention(
+    query: Tensor, blocks: Sequence[Block], *, dropout: float = 0.0, shares: list[Tensor] | None = None
+) -> Tensor:
     """Attend to all blocks under one softmax (arXiv 1907.01470, equations 6 to 8, with the span mask of 1905.07799).
 
     Args:
         query: [H, B, T, D], scaled.
         blocks: at least one; some key must be reachable from every query.
         dropout: share of the probabilities that is dropped, the rest scaled up.
+        shares: if given, what each block gets of every query's attention, [H, B, T], is appended, block by block;
+            of blocks without `mass`.
 
     Returns:
         [H, B, T, D], in the value's dtype.
@@ -51,6 +55,8 @@ def joint_attention(query: Tensor, blocks: Sequence[Block], *, dropout: float = 
         if any(other.mass is not None for other in blocks):
             share = part.sum(-1, keepdim=True)
             total = share if total is None else total + share
+        if shares is not None:
+            shares.append(part.sum(-1))
         if dropout:
             part = F.dropout(part, dropout)
         product = _product(part.to(block.value.dtype), block.value)
@@ -71,6 +77,7 @@ def banded_attention(
     log_mass: Tensor | None = None,
     filled: Tensor | None = None,
     dropout: float = 0.0,
+    shares: list[Tensor] | None = None,
 ) -> Tensor:
     """Attend from T consecutive tokens to the S positions before each of them, and to the persistent vectors.
 
@@ -80,6 +87,7 @@ def banded_attention(
         position: [D, S] in the order of the keys: column s belongs to distance S - s.
         mass, log_mass: [H, S] in the same order: the soft span mask of each head, or its logarithm; give one of them.
         filled: [B], how many of the S earlier positions exist in each row; None if all do.
+        shares: see `joint_attention`: of the context, of the persistent vectors.
 
     Returns:
         [H, B, T, D].
@@ -95,7 +103,7 @@ def banded_attention(
         bias = bias.masked_fill(empty[:, None, :], float("-inf"))
     if mass is not None:
         mass = to_band(mass[:, None, :].expand(-1, num_new, -1), outside=0.0)[:, None]  # [H, 1, T, S + T]
-    return joint_attention(query, (Block(key, value, bias, mass), persistent), dropout=dropout)
+    return joint_attention(query, (Block(key, value, bias, mass), persistent), dropout=dropout, shares=shares)
 
 
 def chunked_attention(
@@ -158,7 +166,7 @@ def decode_attention(
     for (key, value), (position, bias) in zip(rings, tables, strict=True):
         num_rows, num_heads, num_slots, head_size = key.shape
         heads = slice(first, first + num_heads)
-        first += num_heads
+        first = heads.stop
         own = query[:, heads]  # [B, h, D]
         scores = torch.baddbmm(bias, own, position).view(-1, 1, num_slots)
         scores = torch.baddbmm(scores, own.reshape(-1, 1, head_size), key.reshape(-1, num_slots, head_size).mT)

@@ -1,15 +1,16 @@
 """The network as it is served: everything that training left constant is folded into tables, and a step is a delta.
 
-`bake` is a pure function of a trained network. A step reads the rings, returns hidden states and the new keys and
+`bake` is a pure function of a trained network. A step reads the rings, returns what comes out and the new keys and
 values, and changes nothing; the owner of the cache commits them. There are two steps, equal by test: `decode` takes one
-token of each of the first rows straight from the rings, `extend` many tokens of any rows (prompts, documents).
+token of each of the first rows straight from the rings, `extend` many tokens of any rows (prompts, documents). Both are
+a wrapper around a function of tensors alone, `decode_tensors` and `extend_tensors`, which is what export/ writes down.
 
 Sizes: B rows, T new tokens, E width, H heads, h heads of a group, D head size, S slots, N persistent vectors,
 V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,10 +23,9 @@ from model.cache import RingCache
 from model.config import ModelConfig
 from model.layer import PersistentAttention
 from model.network import AllAttentionLM
-from model.sampling import BYTES_TO_SCORE, Scored, join_scored, lines_at_once, score_targets
 from model.spans import HeadGroup, group_heads, reach_of_heads, span_mask
 
-SCORED_AT_ONCE = 4  # positions at least: fewer would make matrix products sum in another order
+Pair = tuple[Tensor, Tensor]  # keys and values, or position vectors and biases
 
 
 class BakedLayer(nn.Module):
@@ -94,6 +94,8 @@ class SlotTables(nn.Module):
 class BakedLM(nn.Module):
     """An all-attention language model, frozen; see the module's header for its two steps."""
 
+    backend = "torch"
+
     def __init__(self, network: AllAttentionLM) -> None:
         super().__init__()
         self.config: ModelConfig = network.config
@@ -109,7 +111,7 @@ class BakedLM(nn.Module):
         self.layers: list[BakedLayer] = nn.ModuleList()  # type: ignore[assignment]
         self.spans: list[list[int]] = []  # for each layer, the reach of each head in the order of training, in tokens
         masks: dict[int, list[Tensor]] = {}
-        self._table_rows: list[list[slice]] = []  # for each layer and group, its heads in the table of its size
+        self.table_rows: list[list[slice]] = []  # for each layer and group, its heads in the table of its size
         for layer in network.layers:
             reaches = reach_of_heads(layer.span.tolist(), config=self.config)
             groups, order = group_heads(reaches, max_span=self.config.max_span)
@@ -122,7 +124,7 @@ class BakedLM(nn.Module):
                 first = sum(len(other) for other in known)
                 rows.append(slice(first, first + group.num_heads))
                 known.append(mask)
-            self._table_rows.append(rows)
+            self.table_rows.append(rows)
         self.tables: dict[str, SlotTables] = nn.ModuleDict(  # type: ignore[assignment]
             {str(size): SlotTables(network.position[:, :size], torch.cat(known)) for size, known in masks.items()}
         )
@@ -137,6 +139,11 @@ class BakedLM(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the weights and rings are kept in."""
         return self.layers[0].qkv.dtype
+
+    @property
+    def weights(self) -> str:
+        """How they are kept."""
+        return str(self.dtype).removeprefix("torch.")
 
     def allocate(self, num_rows: int) -> RingCache:
         """Rings for a number of live streams, all fresh."""
@@ -160,25 +167,35 @@ class BakedLM(nn.Module):
             tokens: [B] int64.
 
         Returns:
-            hidden states [B, E] and, for `RingCache.commit`, the new keys and values of each layer [B, 1, 2, H, D].
+            logits of the next tokens [B, V] fp32 and, for `RingCache.commit`, the new keys and values of each layer
+            [B, 1, 2, H, D].
         """
-        num_rows = len(tokens)
+        lengths = cache.lengths[: len(tokens)]
         mask_empty = self.config.empty_slots == "masked"
-        lengths = cache.lengths[:num_rows]
         views = {name: table.views(lengths, mask_empty=mask_empty) for name, table in self.tables.items()}
+        return self.decode_tensors(tokens, views, cache.some_rows(range(len(tokens))))
+
+    def decode_tensors(
+        self, tokens: Tensor, views: Mapping[str, Pair], rings: Sequence[Sequence[Pair]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `decode`.
+
+        Args:
+            views: for each size of rings, position vectors [B, D, S] and biases [heads, B, S] of the rows' slots.
+            rings: for each layer and group, keys and values [B, h, S, D].
+        """
         hidden = self.embed(tokens)
         new = []
-        for layer, rings, table_rows in zip(self.layers, cache.rings, self._table_rows, strict=True):
+        for layer, own, table_rows in zip(self.layers, rings, self.table_rows, strict=True):
             query, pair = layer.project(hidden)
             tables = []
             for group, heads in zip(layer.groups, table_rows, strict=True):
                 position, bias = views[str(group.num_slots)]
                 tables.append((position, bias[heads].transpose(0, 1)))
-            own = [(ring[0, :num_rows], ring[1, :num_rows]) for ring in rings]
             persistent = Block(layer.persistent_key, layer.persistent_value)
             hidden = layer.finish(hidden, decode_attention(query, own, tables, persistent))
             new.append(pair[:, None])
-        return hidden, new
+        return self.logits(hidden), new
 
     @torch.inference_mode()
     def extend(self, tokens: Tensor, cache: RingCache, rows: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -190,64 +207,74 @@ class BakedLM(nn.Module):
         Returns:
             hidden states [B, T, E] and, for `RingCache.commit`, the new keys and values of each layer [B, T, 2, H, D].
         """
-        hidden, new, _ = self._extend(tokens, cache, rows, with_share=False)
-        return hidden, new
+        return self._extend(tokens, cache, rows, None)
 
     @torch.inference_mode()
     def extend_with_memory_share(
         self, tokens: Tensor, cache: RingCache, rows: Sequence[int]
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """`extend`, and the share of attention that falls on persistent vectors, heads' mean, [B, T, layers] fp32."""
-        hidden, new, shares = self._extend(tokens, cache, rows, with_share=True)
+        shares: list[Tensor] = []
+        hidden, new = self._extend(tokens, cache, rows, shares)
         return hidden, new, torch.stack(shares, -1)
 
     def _extend(
-        self, tokens: Tensor, cache: RingCache, rows: Sequence[int], *, with_share: bool
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """See `extend`; the shares, one of each layer [B, T], are left out unless asked for."""
+        self, tokens: Tensor, cache: RingCache, rows: Sequence[int], shares: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
         lengths = cache.lengths[list(rows)]
-        filled = torch.from_numpy(lengths).to(self.device)
-        shortest = lengths.min() if self.config.empty_slots == "masked" else math.inf
+        return self.extend_tensors(
+            tokens,
+            lambda layer, group: cache.recent(layer, group, rows),
+            filled=torch.from_numpy(lengths).to(self.device),
+            shortest=int(lengths.min()),
+            shares=shares,
+        )
+
+    def extend_tensors(
+        self,
+        tokens: Tensor,
+        recent: Callable[[int, int], Tensor],
+        *,
+        filled: Tensor,
+        shortest: int = 0,
+        shares: list[Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `extend`.
+
+        Args:
+            recent: of a layer and group, the keys and values [2, h, B, S, D] before the new tokens, the oldest first.
+            filled: [B], tokens that each row has consumed.
+            shortest: the least of them, as far as it is known; rings that are full for certain need no mask.
+            shares: if given, each layer's share of persistent vectors, the mean over its heads, is appended, [B, T].
+        """
         hidden = self.embed(tokens)
-        new, shares = [], []
+        new = []
         for index, layer in enumerate(self.layers):
             query, pair = layer.project(hidden)
             query = query.permute(2, 0, 1, 3)  # [H, B, T, D]
             fresh = pair.permute(2, 3, 0, 1, 4)  # [2, H, B, T, D]
-            outputs = []
+            outputs: list[Tensor] = []
+            by_group: list[Tensor] | None = None if shares is None else []
             for place, group in enumerate(layer.groups):
-                context = torch.cat((cache.recent(index, place, rows), fresh[:, group.heads]), 3)  # [2, h, B, S + T, D]
-                empty = filled if shortest < group.num_slots else None
-                outputs.append(
-                    self._attend(index, place, query[group.heads], context, filled=empty, with_share=with_share)
+                table = self.tables[str(group.num_slots)]
+                key, value = torch.cat((recent(index, place), fresh[:, group.heads]), 3)  # [h, B, S + T, D]
+                is_masked = self.config.empty_slots == "masked" and shortest < group.num_slots
+                attended = banded_attention(
+                    query[group.heads],
+                    key,
+                    value,
+                    Block(layer.persistent_key[group.heads].mT, layer.persistent_value[group.heads]),
+                    position=table.position[:, : group.num_slots],
+                    log_mass=table.log_mass[self.table_rows[index][place], : group.num_slots],
+                    filled=filled if is_masked else None,
+                    shares=by_group,
                 )
-            attended = torch.cat(outputs).permute(1, 2, 0, 3)  # [B, T, H, D]
-            if with_share:
-                shares.append(attended[..., -1].float().mean(-1))
-                attended = attended[..., :-1]
-            hidden = layer.finish(hidden, attended)
+                outputs.append(attended)
+            hidden = layer.finish(hidden, torch.cat(outputs).permute(1, 2, 0, 3))
             new.append(pair)
-        return hidden, new, shares
-
-    def _attend(
-        self, index: int, place: int, query: Tensor, context: Tensor, *, filled: Tensor | None, with_share: bool
-    ) -> Tensor:
-        """Attention of one group of one layer, [h, B, T, D]; with the share of persistent vectors one column wider."""
-        layer, group = self.layers[index], self.layers[index].groups[place]
-        table = self.tables[str(group.num_slots)]
-        key, value = context
-        persistent = Block(layer.persistent_key[group.heads].mT, layer.persistent_value[group.heads])
-        if with_share:
-            value, persistent = _mark_persistent(value, persistent)
-        return banded_attention(
-            query,
-            key,
-            value,
-            persistent,
-            position=table.position[:, : group.num_slots],
-            log_mass=table.log_mass[self._table_rows[index][place], : group.num_slots],
-            filled=filled,
-        )
+            if shares is not None and by_group is not None:
+                shares.append(torch.cat(by_group[1::2]).float().mean(0))  # the persistent block is the second of two
+        return hidden, new
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -256,54 +283,11 @@ class BakedLM(nn.Module):
             return self.adaptive.logits(hidden)
         return (hidden @ self.output_weight + self.output_bias).float()
 
-    @torch.inference_mode()
-    def score(self, hidden: Tensor, targets: Tensor, *, num_top: int = 0, entropy: bool = False) -> Scored:
-        """`score_targets` from hidden states, a few positions at a time, so that memory is bounded for any vocabulary.
-
-        Args:
-            hidden: [T, E].
-            targets: [n] int64, n <= T; the positions after them are padding.
-        """
-        size = lines_at_once(
-            self.config.vocab_size, bytes_per_score=BYTES_TO_SCORE, device=self.device, least=SCORED_AT_ONCE
-        )
-        parts = []
-        for start in range(0, max(1, len(targets)), size):
-            some = targets[start : start + size]
-            logits = self.logits(hidden[start : start + size])[: len(some)]
-            parts.append(score_targets(logits, some, num_top=num_top, entropy=entropy))
-        return join_scored(parts)
-
 
 def bake(network: AllAttentionLM, *, dtype: torch.dtype = torch.float32) -> BakedLM:
     """Freeze a trained network; masks and scalings are computed in fp32 before anything is rounded to `dtype`."""
     with torch.no_grad():
         return BakedLM(network).to(dtype)
-
-
-def score_document(
-    model: BakedLM, tokens: np.ndarray, *, chunk_tokens: int = 256
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Score every token after the first in one exact pass at constant memory, whatever the length.
-
-    Args:
-        tokens: [n] integers.
-
-    Yields:
-        log-probabilities (nats, float32) and ranks (int64, 0 = the most probable) of the next tokens, chunk by chunk.
-    """
-    cache = model.allocate(1)
-    for start in range(0, len(tokens) - 1, chunk_tokens):
-        stretch = torch.from_numpy(tokens[start : start + chunk_tokens + 1].astype(np.int64)).to(model.device)
-        hidden, new = model.extend(stretch[None, :-1], cache, [0])
-        cache.commit([0], new, [len(stretch) - 1])
-        scored = model.score(hidden[0], stretch[1:])
-        yield scored.logprobs.cpu().numpy(), scored.ranks.cpu().numpy()
-
-
-def _mark_persistent(value: Tensor, persistent: Block) -> tuple[Tensor, Block]:
-    """One more component of every value: 0 in the context, 1 in persistent vectors; its mean is their share."""
-    return F.pad(value, (0, 1)), persistent._replace(value=F.pad(persistent.value, (0, 1), value=1.0))
 
 
 def _twice_farthest_first(by_distance: Tensor) -> Tensor:

@@ -7,11 +7,8 @@ and whose loss spoils nothing. Knows no torch: weights are numpy arrays, float32
 
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +21,14 @@ from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as serialize_tensors
 
 from model.config import ModelConfig
+from model.folder import replacing
 from model.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 FORMAT: Literal[1] = 1
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
 PLOTS, PICTURE_SUFFIX = "plots", ".png"
-_FILES = (WEIGHTS, CONFIG, TOKENIZER, CARD)
+DESCRIPTION = (CONFIG, TOKENIZER, CARD)
+_FILES = (WEIGHTS, *DESCRIPTION)
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PICTURE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _NO_PICTURES: Mapping[str, bytes] = {}
@@ -99,8 +98,7 @@ def save_bundle(
 ) -> None:
     """Write a bundle at `path`, in place of the bundle that may be there. All checks come before the first byte.
 
-    `path` holds the old bundle or the new one, never part of one. For an instant between two renames it holds none: a
-    machine that dies right there leaves both beside it, whole, under hidden names.
+    `path` holds the old bundle or the new one, never part of one (see `model.folder.replacing`).
 
     Args:
         tensors: all float32 or all float16, named and shaped as `config.tensor_shapes()`.
@@ -120,10 +118,7 @@ def save_bundle(
     _check_pictures(pictures)
     # safetensors reads an array's memory as it lies, so it must be contiguous.
     weights = serialize_tensors({name: np.ascontiguousarray(tensors[name]) for name in config.tensor_shapes()})
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = _hidden_sibling(target, "new")
-    fresh.mkdir()
-    try:
+    with replacing(target) as fresh:
         tokenizer.save(fresh / TOKENIZER)
         manifest = _Manifest(
             format=FORMAT,
@@ -136,10 +131,6 @@ def save_bundle(
         (fresh / CONFIG).write_bytes(json.dumps(manifest.model_dump(mode="json"), indent=2).encode() + b"\n")
         (fresh / CARD).write_bytes(markdown)
         _write_pictures(fresh, pictures)
-        _flush(*(fresh / name for name in _FILES), fresh)
-        _swap(fresh, target=target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # gone already if the swap came through
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -149,7 +140,7 @@ def open_bundle(path: str | Path) -> Bundle:
         BundleError: a file is missing, cut short, changed, of another format, or does not fit the others.
     """
     folder = Path(path)
-    _check_present(folder)
+    _check_present(folder, files=_FILES)
     manifest = _read_manifest(folder)
     config = manifest.model
     num_bytes = (folder / WEIGHTS).stat().st_size
@@ -161,11 +152,28 @@ def open_bundle(path: str | Path) -> Bundle:
     tensors = _read_weights(folder, sha256=manifest.weights.sha256)
     dtype = _check_tensors(tensors, config=config, where=str(folder / WEIGHTS))
     _check_weight_facts(folder, facts=manifest.weights, dtype=dtype, num_parameters=config.num_parameters)
+    return _describe(folder, manifest)
+
+
+def open_description(path: str | Path) -> Bundle:
+    """What a folder says of its model in the files of a bundle other than the weights, which it may lack.
+
+    `hash` is still that of the weights, and `tensors` cannot be called.
+
+    Raises:
+        BundleError: as `open_bundle`.
+    """
+    folder = Path(path)
+    _check_present(folder, files=DESCRIPTION)
+    return _describe(folder, _read_manifest(folder))
+
+
+def _describe(folder: Path, manifest: _Manifest) -> Bundle:
     tokenizer = _read_tokenizer(folder, sha256=manifest.tokenizer.sha256)
-    _check_vocabulary(tokenizer, config=config, where=str(folder / TOKENIZER))
+    _check_vocabulary(tokenizer, config=manifest.model, where=str(folder / TOKENIZER))
     return Bundle(
         path=folder,
-        config=config,
+        config=manifest.model,
         tokenizer=tokenizer,
         card=_read_text(folder / CARD),
         training=manifest.training,
@@ -173,11 +181,11 @@ def open_bundle(path: str | Path) -> Bundle:
     )
 
 
-def _check_present(folder: Path) -> None:
+def _check_present(folder: Path, *, files: Sequence[str]) -> None:
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise BundleError(f"{folder} {problem}; a bundle is a folder with {', '.join(_FILES)}")
-    if missing := [name for name in _FILES if not (folder / name).is_file()]:
+    if missing := [name for name in files if not (folder / name).is_file()]:
         raise BundleError(f"{folder} lacks {', '.join(missing)}; a bundle has {', '.join(_FILES)}: {_COPY_AGAIN}")
 
 
@@ -310,7 +318,6 @@ def _write_pictures(bundle: Path, pictures: Mapping[str, bytes]) -> None:
     folder.mkdir()
     for name, content in pictures.items():
         (folder / (name + PICTURE_SUFFIX)).write_bytes(content)
-    _flush(*folder.iterdir(), folder)
 
 
 def _as_json(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,37 +333,6 @@ def _as_utf8(card: str) -> bytes:
         return card.encode()
     except UnicodeEncodeError as error:
         raise BundleError(f"card: character {error.start} is a lone surrogate, which has no UTF-8 form") from error
-
-
-def _swap(fresh: Path, *, target: Path) -> None:
-    """Put the folder `fresh` where `target` is, and only then delete what was there."""
-    if not target.exists():
-        fresh.rename(target)
-        _flush(target.parent)
-        return
-    old = _hidden_sibling(target, "old")
-    target.rename(old)
-    try:
-        fresh.rename(target)
-    finally:
-        if not target.exists():
-            old.rename(target)
-    _flush(target.parent)
-    shutil.rmtree(old)
-
-
-def _hidden_sibling(target: Path, role: str) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{role}")
-
-
-def _flush(*places: Path) -> None:
-    """Wait until files, or folders' lists of names, are on the disk."""
-    for place in places:
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _sha256(content: bytes) -> str:

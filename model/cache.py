@@ -77,6 +77,17 @@ class RingCache:
         for ring, kept in zip(self._all(), snapshot.rings, strict=True):
             ring[:, row].copy_(kept)
 
+    def some_rows(self, rows: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
+        """Keys and values [rows, h, S, D] of any rows, for each layer and group: views where they lie together."""
+        first, count = rows[0], len(rows)
+        if list(rows) == list(range(first, first + count)):
+            return [
+                [(ring[0, first : first + count], ring[1, first : first + count]) for ring in layer]
+                for layer in self.rings
+            ]
+        index = torch.as_tensor(rows, device=self.rings[0][0].device)
+        return [[(ring[0, index], ring[1, index]) for ring in layer] for layer in self.rings]
+
     def recent(self, layer: int, group: int, rows: Sequence[int]) -> Tensor:
         """Keys and values of some rows in the order of time, the newest last: a copy, [2, h, rows, S, D]."""
         ring = self.rings[layer][group]

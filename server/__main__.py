@@ -13,13 +13,14 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from model.bundle import Bundle, BundleError, open_bundle
+from model.bundle import Bundle, BundleError
 from server.api import create_app
 from server.config import ConfigError, Settings, describe_settings, load_settings, wants_print_config
 from server.garbage import settle_garbage
 from server.link import EngineLink
 from server.logs import log_to_stderr
-from server.messages import FROM_BUNDLE
+from server.messages import LOAD_MODEL
+from server.opening import open_model
 from server.service import Link
 
 POLL_S = 0.05
@@ -46,8 +47,10 @@ def main(argv: Sequence[str]) -> int:
         return _complain(str(error), status=2)
     log_to_stderr()
     try:
-        bundle = open_bundle(settings.bundle)
+        bundle, settings = open_model(settings)
         listener = listen(settings.host, port=settings.port)
+    except ConfigError as error:
+        return _complain(str(error), status=2)
     except (BundleError, ListenError) as error:
         return _complain(str(error), status=1)
     try:
@@ -56,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-async def run(settings: Settings, *, bundle: Bundle, listener: socket.socket, runner: str = FROM_BUNDLE) -> NoReturn:
+async def run(settings: Settings, *, bundle: Bundle, listener: socket.socket, runner: str = LOAD_MODEL) -> NoReturn:
     """`serve` with an engine process, which belongs to the loop that it is made in; then exit with its status.
 
     It does not come back, for the end of a loop waits for threads, and those that are left work for nobody.
@@ -156,13 +159,13 @@ def banner(settings: Settings, *, bundle: Bundle, link: Link, port: int) -> str:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     splits = bundle.training.get("splits", {})
     quality = ", ".join(f"{name} {split['bits_per_byte']:.3f} bits per byte" for name, split in splits.items())
-    mebibytes = ready.state_bytes_per_row / 2**20
+    rows = f"{ready.num_rows} rows of {ready.state_bytes_per_row / 2**20:.2f} MiB"
     body = json.dumps({"inputs": "It was a dark", "parameters": {"temperature": 0.8}, "stream": True})
     return "\n".join(
         [
             f"allattn serves {bundle.path.resolve().name}, {bundle.config.num_parameters / 1e6:.1f} M parameters",
             *([f"  quality  {quality}"] if quality else []),
-            f"  engine   {ready.dtype} on {ready.device}, {ready.num_rows} rows of {mebibytes:.2f} MiB",
+            f"  engine   {ready.backend}, {ready.weights} on {ready.device}, {rows}",
             f"  url      {url} (documentation at {url}/docs)",
             f"  try      curl -N {url}/generate -d '{body}'",
         ]

@@ -123,8 +123,9 @@ def _thread_settings(options: EngineOptions) -> dict[str, str]:
 
     Free ones meet on one core as soon as any other process works, and then wait for each other's time slices: on 2 busy
     cores a step took twice as long. Whoever sets the number of threads may run several engines on one machine, which
-    must not all sit on the same cores.
+    must not all sit on the same cores. The threads of ONNX Runtime are others, and would inherit the one core of the
+    thread that makes them.
     """
-    if options.num_threads is not None:
+    if options.num_threads is not None or options.backend == "onnx":
         return {}
     return {"OMP_PROC_BIND": "true", "GOMP_SPINCOUNT": "20000"}  # spin for some 50 us, then sleep

@@ -36,12 +36,21 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
-    bundle: Path = Field(default=Path("bundles/default"), description="directory of the model to serve")
+    bundle: Path = Field(default=Path("bundles/default"), description="directory of the model: a bundle or an artefact")
+    backend: Literal["auto", "torch", "torchscript", "onnx", "pt2"] = Field(
+        default="auto",
+        description="what computes; auto is torch for a bundle, and for an artefact what it was made for",
+    )
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     num_rows: int = Field(default=32, ge=1, description="sequences that are computed at the same time")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="number format of weights and state")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="number format of a bundle's weights and state; an artefact has its own"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="execution provider of an ONNX artefact; auto goes with the device"
+    )
     num_threads: int | None = Field(
         default=None, ge=1, description="CPU threads of the engine; as torch chooses if not set"
     )

@@ -104,6 +104,7 @@ def _load(options: EngineOptions) -> Runner:
         num_rows=options.num_rows,
         dtype=options.dtype,
         device=options.device,
+        provider=options.provider,
         num_threads=options.num_threads,
         batch_invariant=options.batch_invariant,
     )
@@ -126,8 +127,10 @@ def ready(runner: Runner, *, batch_invariant: bool, warm_up_s: float) -> Ready:
     """The facts of a runner that works."""
     return Ready(
         pid=os.getpid(),
+        backend=runner.backend,
         device=runner.device,
         dtype=runner.dtype,
+        weights=runner.weights,
         num_rows=runner.num_rows,
         state_bytes_per_row=runner.state_bytes_per_row,
         batch_invariant=batch_invariant,

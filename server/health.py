@@ -115,9 +115,10 @@ def _info(service: Service) -> dict[str, Any]:
 
 def _engine_facts(ready: Ready) -> dict[str, Any]:
     return {
-        "backend": "torch",
+        "backend": ready.backend,
         "device": ready.device,
         "dtype": ready.dtype,
+        "weights": ready.weights,
         "num_rows": ready.num_rows,
         "state_bytes_per_row": ready.state_bytes_per_row,
         "state_bytes": ready.num_rows * ready.state_bytes_per_row,

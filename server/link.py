@@ -12,7 +12,7 @@ from collections.abc import Callable
 from server.child import Child
 from server.config import Settings
 from server.messages import (
-    FROM_BUNDLE,
+    LOAD_MODEL,
     Cancel,
     EngineOptions,
     FromEngine,
@@ -45,7 +45,7 @@ class EngineLink:
     """
 
     def __init__(
-        self, settings: Settings, *, runner: str = FROM_BUNDLE, restart_slack_s: float = RESTART_SLACK_S
+        self, settings: Settings, *, runner: str = LOAD_MODEL, restart_slack_s: float = RESTART_SLACK_S
     ) -> None:
         """runner: module:factory of the runner that the engine process shall build."""
         self.state: LinkState = "starting"
@@ -160,9 +160,11 @@ class EngineLink:
         settings = self._settings
         return EngineOptions(
             bundle=os.fspath(settings.bundle),
+            backend=settings.backend,
             num_rows=settings.num_rows,
             dtype=settings.dtype,
             device=settings.device,
+            provider=settings.provider,
             num_threads=settings.num_threads,
             batch_invariant=settings.batch_invariant,
             chunk_tokens=settings.chunk_tokens,

@@ -9,22 +9,24 @@ import msgspec
 
 LinkState = Literal["starting", "ready", "draining", "restarting", "failed"]  # of the line between the two processes
 TOKEN_BYTES = 4  # of an int32
-FROM_BUNDLE = "server.runner:TorchRunner.from_bundle"
+LOAD_MODEL = "server.runner:ModelRunner.load"
 
 
 class EngineOptions(msgspec.Struct, frozen=True):
     """What the API process tells the engine process at its start."""
 
-    bundle: str
+    bundle: str  # or an artefact
+    backend: str
     num_rows: int
     dtype: str
     device: str
+    provider: str
     num_threads: int | None  # None leaves it to torch
     batch_invariant: bool
     chunk_tokens: int
     budget_tokens: int
     prefill_ms: float
-    runner: str = FROM_BUNDLE  # module:factory
+    runner: str = LOAD_MODEL  # module:factory
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -165,11 +167,13 @@ class Step(msgspec.Struct, tag=True, frozen=True):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The engine has loaded the bundle and run real steps of every shape."""
+    """The engine has loaded the model and run real steps of every shape."""
 
     pid: int
+    backend: str
     device: str
-    dtype: str
+    dtype: str  # of state
+    weights: str  # how they are kept
     num_rows: int
     state_bytes_per_row: int
     batch_invariant: bool  # whether a batch was seen to give each row, bit for bit, what it gets alone

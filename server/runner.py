@@ -1,4 +1,4 @@
-"""The only torch in the server: a baked model and its rings behind the protocol that the engine drives."""
+"""The only torch in the server: a model and its rings behind the protocol that the engine drives."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.baked import BakedLM, bake
+from model.artefact import is_artefact, open_artefact
+from model.baked import bake
 from model.bundle import open_bundle
+from model.exported import load_exported
 from model.network import AllAttentionLM
 from model.penalties import History
 from model.sampling import Draws, draw
+from model.served import ServedLM, score_positions
 from server.messages import Sampling
 from server.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
 
@@ -22,10 +25,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INVARIANT_ROWS = 4
 
 
-class TorchRunner:
-    """Runs a baked model eagerly. Rows are lanes of one `RingCache`; decoding touches rows 0 .. the highest in use."""
+class ModelRunner:
+    """Runs a model. Rows are lanes of one `RingCache`; decoding touches rows 0 .. the highest in use."""
 
-    def __init__(self, model: BakedLM, *, num_rows: int, batch_invariant: bool = True) -> None:
+    def __init__(self, model: ServedLM, *, num_rows: int, batch_invariant: bool = True) -> None:
         self.num_rows = num_rows
         self.model = model
         self._min_rows = INVARIANT_ROWS if batch_invariant else 1
@@ -34,30 +37,35 @@ class TorchRunner:
         self._prepared: tuple[list[Sampling], Draws] | None = None
 
     @classmethod
-    def from_bundle(
+    def load(
         cls,
         path: Path,
         *,
         num_rows: int,
         dtype: str = "float32",
         device: str = "auto",
+        provider: str = "auto",
         num_threads: int | None = None,
         batch_invariant: bool = True,
     ) -> Self:
-        """Load a bundle.
+        """Load a bundle or an artefact.
 
         Args:
-            dtype: float32 or bfloat16, of weights and rings.
+            dtype: float32 or bfloat16, of a bundle's weights and rings; an artefact has its own.
             device: auto, cpu or cuda; auto takes a GPU where there is one.
+            provider: auto, cpu or cuda: the execution provider of an ONNX artefact.
             num_threads: CPU threads; None = as many as cores.
             batch_invariant: see INVARIANT_ROWS.
 
         Raises:
-            BundleError: the bundle is not whole.
+            BundleError: the bundle or artefact is not whole, or cannot be run as asked.
             ValueError: CUDA is asked for where there is none.
         """
         if num_threads:
             torch.set_num_threads(num_threads)
+        if is_artefact(path):
+            exported = load_exported(open_artefact(path), device=device, provider=provider, num_threads=num_threads)
+            return cls(exported, num_rows=num_rows, batch_invariant=batch_invariant)
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device = 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")
         if device == "auto":
@@ -69,14 +77,24 @@ class TorchRunner:
         return cls(model, num_rows=num_rows, batch_invariant=batch_invariant)
 
     @property
+    def backend(self) -> str:
+        """What computes."""
+        return self.model.backend
+
+    @property
     def device(self) -> str:
         """Where the model runs."""
         return str(self.model.device)
 
     @property
     def dtype(self) -> str:
-        """What weights and rings are kept in."""
+        """What rings are kept in."""
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def weights(self) -> str:
+        """How they are kept."""
+        return self.model.weights
 
     @property
     def state_bytes_per_row(self) -> int:
@@ -112,8 +130,8 @@ class TorchRunner:
     @torch.inference_mode()
     def check(self) -> None:
         """Compute one step and forget it; raises where the device does not work any more."""
-        hidden, _ = self.model.decode(torch.zeros(1, dtype=torch.int64, device=self.model.device), self.cache)
-        self.model.logits(hidden).cpu()
+        logits, _ = self.model.decode(torch.zeros(1, dtype=torch.int64, device=self.model.device), self.cache)
+        logits.cpu()
 
     @torch.inference_mode()
     def warm_up(self, chunk_tokens: int) -> bool:
@@ -127,15 +145,14 @@ class TorchRunner:
         sampling = Sampling(temperature=1.0, seed=1)
         decoded, read = [], []
         for count in range(1, self.num_rows + 1):
-            hidden, _ = self._step(range(count), [1] * count)
-            logits = self.model.logits(hidden)
+            logits, _ = self._step(range(count), [1] * count)
             self._draw(logits, Draws([sampling] * count, device=self.model.device), [Draw(sampling, 1, 1)] * count)
             decoded.append(logits[0].clone())
         for num_new in sorted({_padded(size) for size in range(1, chunk_tokens + 1)}):
             for count in {1, self.num_rows}:
                 chunks = [Chunk(row, np.ones(num_new, dtype=np.int32)) for row in range(count)]
                 hidden, _, _ = self._stretch(chunks, num_new=num_new)
-                scored = self.model.score(hidden[0], torch.ones_like(hidden[0, :, 0], dtype=torch.int64))
+                scored = score_positions(self.model, hidden[0], torch.ones_like(hidden[0, :, 0], dtype=torch.int64))
                 read.append((num_new, torch.cat((hidden[0].float(), scored.logprobs[:, None]), -1)))
         alone = dict(reversed(read))
         same = all(torch.equal(figures, alone[num_new]) for num_new, figures in read)
@@ -168,21 +185,21 @@ class TorchRunner:
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]) -> list[Drawn]:
         """One step of the rows that generate: feed each its last token, draw the next, in the order of `rows`."""
-        hidden, new = self._step(rows, tokens)
-        logits = self.model.logits(hidden)
-        if list(rows) != list(range(len(hidden))):
+        logits, new = self._step(rows, tokens)
+        num_fed = len(logits)
+        if list(rows) != list(range(num_fed)):
             logits = logits[list(rows)]
         samplings = [one.sampling for one in draws]
         if self._prepared is None or not _same(self._prepared[0], samplings):
             self._prepared = samplings, Draws(samplings, device=self.model.device)
         drawn = self._draw_fed(logits, self._prepared[1], draws, rows, tokens)
-        num_new = np.zeros(len(hidden), dtype=np.int64)
+        num_new = np.zeros(num_fed, dtype=np.int64)
         num_new[list(rows)] = 1
-        self.cache.commit(range(len(hidden)), new, num_new.tolist())
+        self.cache.commit(range(num_fed), new, num_new.tolist())
         return drawn
 
     def _step(self, rows: Sequence[int], tokens: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states [B, E] and new keys and values of rows 0 .. the highest; the idle ones are fed anything."""
+        """Logits [B, V] and new keys and values of rows 0 .. the highest; the idle ones are fed anything."""
         fed = np.zeros(max(max(rows) + 1, self._min_rows), dtype=np.int64)
         fed[list(rows)] = tokens
         return self.model.decode(self._to_device(fed), self.cache)
@@ -251,7 +268,7 @@ class TorchRunner:
             return None
         count = len(chunk.targets)
         targets = self._to_device(chunk.targets.astype(np.int64))
-        found = self.model.score(hidden, targets, num_top=chunk.extras.num_top, entropy=chunk.extras.entropy)
+        found = score_positions(self.model, hidden, targets, num_top=chunk.extras.num_top, entropy=chunk.extras.entropy)
         return ChunkScores(
             logprobs=found.logprobs.cpu().numpy(),
             ranks=found.ranks.cpu().numpy(),

@@ -80,13 +80,23 @@ class Runner(Protocol):
         ...
 
     @property
+    def backend(self) -> str:
+        """What computes."""
+        ...
+
+    @property
     def device(self) -> str:
         """Where it computes."""
         ...
 
     @property
     def dtype(self) -> str:
-        """What weights and state are kept in."""
+        """What state is kept in."""
+        ...
+
+    @property
+    def weights(self) -> str:
+        """What weights are kept in."""
         ...
 
     @property

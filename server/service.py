@@ -83,6 +83,7 @@ class Service:
     def __init__(self, settings: Settings, *, bundle: Bundle, link: Link) -> None:
         self.settings = settings
         self.bundle = bundle
+        self.model_name = bundle.path.resolve().name
         self.tokenizer = bundle.tokenizer
         self.link = link
         self.admission = Admission(
@@ -104,7 +105,7 @@ class Service:
         """Equal ones on one machine mean equal numerics: weights, how and in what they are computed, version."""
         ready, settings = self.link.ready, self.settings
         how = f"chunk{settings.chunk_tokens}{'-invariant' if settings.batch_invariant else ''}"
-        where = f"{ready.dtype}-{ready.device}-{how}" if ready else "starting"
+        where = f"{ready.backend}-{ready.weights}-{ready.device}-{how}" if ready else "starting"
         return f"{self.bundle.hash[:12]}-{where}-{package_version()}"
 
     def new_id(self) -> str:

@@ -30,8 +30,10 @@ class FakeLink:
         self.state: LinkState = "ready"
         self.ready: Ready | None = Ready(
             pid=1,
+            backend="torch",
             device="cpu",
             dtype="float32",
+            weights="float32",
             num_rows=2,
             state_bytes_per_row=64,
             batch_invariant=True,

@@ -24,9 +24,9 @@ def next_token(history: Sequence[int]) -> int:
 
 
 class FakeRunner:
-    """Rows hold the tokens they were fed. Device facts are as a TorchRunner's."""
+    """Rows hold the tokens they were fed. Device facts are as a ModelRunner's."""
 
-    device, dtype, state_bytes_per_row, spans = "fake", "float32", 8, ((1,),)
+    backend, device, dtype, weights, state_bytes_per_row, spans = "fake", "fake", "float32", "float32", 8, ((1,),)
 
     def __init__(self, num_rows: int = 4) -> None:
         self.num_rows = num_rows

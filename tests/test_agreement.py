@@ -15,17 +15,18 @@ import pytest
 import torch
 from agreement_bundle import KINDS, build_network, text_of, text_tokens, write_bundle
 
-from model.baked import bake, score_document
+from model.baked import bake
 from model.bundle import open_bundle
 from model.network import AllAttentionLM
 from model.scoring import Score
+from model.served import score_document
 from server.api import create_app
 from server.config import Settings
 from server.engine import Engine
 from server.link import EngineLink
 from server.messages import Generate, Sampling
 from server.messages import Score as ScoreRequest
-from server.runner import TorchRunner
+from server.runner import ModelRunner
 from training.evaluate import evaluate
 
 LENGTH = 230  # beyond the longest ring of 160, in which every slot has been overwritten
@@ -92,9 +93,9 @@ def token_by_token(model, text):
     cache = model.allocate(1)
     parts = []
     for token in torch.from_numpy(text):
-        hidden, new = model.decode(token[None], cache)
+        logits, new = model.decode(token[None], cache)
         cache.commit([0], new, [1])
-        parts.append(model.logits(hidden))
+        parts.append(logits)
     return torch.cat(parts)
 
 
@@ -134,10 +135,10 @@ def decode_some(model, cache, text, seen, streams, row_of):
     for stream in streams:
         tokens[row_of[stream]] = text[len(seen[stream])]
         num_new[row_of[stream]] = 1
-    hidden, new = model.decode(torch.from_numpy(tokens), cache)
+    logits, new = model.decode(torch.from_numpy(tokens), cache)
     cache.commit(range(width), new, num_new.tolist())
     for stream in streams:
-        seen[stream].append(model.logits(hidden[row_of[stream]]))
+        seen[stream].append(logits[row_of[stream]])
 
 
 def test_the_bundle_has_rings_of_several_sizes_in_one_layer(network):
@@ -178,7 +179,7 @@ def test_engine_generates_the_training_forward_s_greedy_tokens(network, text):
         with torch.no_grad():
             return network.logits(network(torch.tensor([tokens]), network.init_cache(1))[0])[0]
 
-    engine = Engine(TorchRunner(bake(network), num_rows=3), chunk_tokens=16, budget_tokens=32)
+    engine = Engine(ModelRunner(bake(network), num_rows=3), chunk_tokens=16, budget_tokens=32)
     prompts = {str(n): text[:n].tolist() for n in (1, 7, 40, 100, 200)}
     greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
     for name, prompt in prompts.items():
@@ -195,7 +196,7 @@ def test_engine_and_document_scores(network, text, wanted):
     model = bake(network)
     document = np.concatenate([logprobs for logprobs, _ in score_document(model, text, chunk_tokens=50)])
     assert np.abs(document - expected).max() <= TOLERANCE
-    engine = Engine(TorchRunner(model, num_rows=2), chunk_tokens=33, budget_tokens=40)
+    engine = Engine(ModelRunner(model, num_rows=2), chunk_tokens=33, budget_tokens=40)
     engine.submit(ScoreRequest("a", text.astype("<i4").tobytes()))
     scores = []
     while engine.has_work:

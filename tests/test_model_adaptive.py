@@ -18,9 +18,10 @@ from model.baked import BakedLM, bake
 from model.config import ModelConfig
 from model.network import AllAttentionLM
 from model.sampling import score_targets
+from model.served import score_positions
 from server.engine import Engine
 from server.messages import Generate, Sampling
-from server.runner import TorchRunner
+from server.runner import ModelRunner
 from training.config import DataConfig, OptimConfig, RunConfig
 from training.loop import Run
 
@@ -171,7 +172,7 @@ def test_a_model_scores_slices_bit_for_bit_as_the_whole(
 
     monkeypatch.setattr(BakedLM, "logits", recorded)
     monkeypatch.setattr(sampling, "SCRATCH_BYTES", {"cpu": 1})
-    sliced = model.score(hidden, targets, **extras)
+    sliced = score_positions(model, hidden, targets, **extras)
     assert read == [4] * max(1, -(-num_targets // 4))
     for one, other in zip(sliced, whole, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
@@ -194,7 +195,7 @@ def test_the_bits_of_a_word_depend_on_no_other_word_in_the_batch() -> None:
 
 
 def test_a_bundle_of_words_is_served(tmp_path: Path) -> None:
-    runner = TorchRunner.from_bundle(write_bundle(tmp_path / "bundle", "words"), num_rows=2, device="cpu")
+    runner = ModelRunner.load(write_bundle(tmp_path / "bundle", "words"), num_rows=2, device="cpu")
     engine = Engine(runner, chunk_tokens=16, budget_tokens=32)
     prompt = text_tokens(40, "words").astype("<i4").tobytes()
     engine.submit(Generate("a", prompt, Sampling(temperature=1.0, top_p=0.9, num_top=3, seed=1), 12))
@@ -230,12 +231,13 @@ import resource, sys
 import numpy as np, torch
 sys.path.insert(0, "tests")
 from test_model_adaptive import WIKITEXT103
-from model.baked import bake, score_document
+from model.baked import bake
+from model.served import score_document, score_positions
 from model.config import ModelConfig
 from model.network import AllAttentionLM
 from model.sampling import Draws, draw
 from server.messages import Sampling
-from server.runner import TorchRunner
+from server.runner import ModelRunner
 network = AllAttentionLM(ModelConfig.model_validate(WIKITEXT103))
 model = bake(network)
 tokens = np.random.default_rng(0).integers(267735, size={num_tokens} + 1)
@@ -249,7 +251,7 @@ SCORE = """
 for _ in score_document(model, tokens):
     pass
 hidden, _ = model.extend(torch.from_numpy(tokens[None, :64]), model.allocate(1), [0])
-model.score(hidden[0], torch.from_numpy(tokens[1:65]), num_top=20, entropy=True)
+score_positions(model, hidden[0], torch.from_numpy(tokens[1:65]), num_top=20, entropy=True)
 """
 LEARN = """
 hidden = torch.randn({num_tokens}, 64, requires_grad=True)
@@ -261,7 +263,7 @@ line = Sampling(temperature=1.0, top_k=50, top_p=0.9, typical_p=0.9, min_p=0.01,
 draw(torch.randn(32, 267735), Draws([line] * 32), positions=[1] * 32, num_generated=[1] * 32)
 """
 WARM_UP = """
-TorchRunner(model, num_rows=8).warm_up(64)
+ModelRunner(model, num_rows=8).warm_up(64)
 """
 
 

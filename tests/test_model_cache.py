@@ -28,7 +28,7 @@ def filled(model: BakedLM, length: int, *, row: int) -> RingCache:
 
 
 def go_on(model: BakedLM, cache: RingCache, row: int) -> list[torch.Tensor]:
-    """Hidden states of some more tokens of one row, in both kinds of step."""
+    """What comes out of some more tokens of one row, in both kinds of step."""
     found = []
     for tokens in text_tokens(80).reshape(2, 40):
         hidden, new = model.extend(torch.from_numpy(tokens)[None], cache, [row])
@@ -36,9 +36,9 @@ def go_on(model: BakedLM, cache: RingCache, row: int) -> list[torch.Tensor]:
         found.append(hidden[0])
     for token in (5, 6, 7):
         fed = torch.full((4,), token)
-        hidden, new = model.decode(fed, cache)
+        logits, new = model.decode(fed, cache)
         cache.commit(range(4), new, [int(other == row) for other in range(4)])
-        found.append(hidden[row])
+        found.append(logits[row])
     return found
 
 

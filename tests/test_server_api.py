@@ -44,7 +44,7 @@ async def test_details_tell_how_the_sequence_went():
         "prefill": [],
         "tokens": tokens,
     }
-    assert details["fingerprint"].startswith("abababababab-float32-cpu-")
+    assert details["fingerprint"].startswith("abababababab-torch-float32-cpu-")
 
 
 @pytest.mark.parametrize("stop", [None, ["Stop"], ["→"], ["n. S", "open"], ["\ufffd"]])

@@ -119,7 +119,7 @@ def test_help_names_every_flag_and_says_why_keys_have_none(capsys):
 @pytest.mark.parametrize(
     ("argv", "environ", "words"),
     [
-        (["--prot", "1"], {}, "--prot is not a flag; there are: --bundle, --host, --port,"),
+        (["--prot", "1"], {}, "--prot is not a flag; there are: --bundle, --backend, --host, --port,"),
         (["--prot=1"], {}, "--prot is not a flag"),
         (["--por", "1"], {}, "--por is not a flag"),
         (["stray"], {}, "stray is not a flag"),
@@ -128,7 +128,7 @@ def test_help_names_every_flag_and_says_why_keys_have_none(capsys):
         (["--port", "70000"], {}, "65535"),
         (["--dtype", "int8"], {}, "'float32' or 'bfloat16'"),
         (["--batch-invariant", "perhaps"], {}, "--batch-invariant = 'perhaps'"),
-        ([], {"ALLATTN_PROT": "1"}, "ALLATTN_PROT is not a setting; there are: bundle, host, port,"),
+        ([], {"ALLATTN_PROT": "1"}, "ALLATTN_PROT is not a setting; there are: bundle, backend, host, port,"),
         ([], {"ALLATTN_NUM_ROWS": "0"}, "ALLATTN_NUM_ROWS = '0'"),
         ([], {"ALLATTN_PRINT_CONFIG": "1"}, "ALLATTN_PRINT_CONFIG is not a setting"),
         (["--config", "nowhere.toml"], {}, "nowhere.toml: No such file"),

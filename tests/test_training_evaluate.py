@@ -10,11 +10,12 @@ import pytest
 import torch
 from agreement_bundle import TEXT, build_network, text_tokens, write_bundle
 
-from model.baked import bake, score_document
+from model.baked import bake
 from model.bundle import save_bundle
 from model.config import ModelConfig
 from model.network import AllAttentionLM
 from model.scoring import Score
+from model.served import score_document
 from model.tokenizer import BytesTokenizer, Tokenizer, train_bpe, train_words
 from training.evaluate import COLD_STREAMS, cold_start, evaluate, main, score_tokens
 

@@ -58,9 +58,9 @@ def logits_of(bundle: Bundle, tokens: Sequence[int]) -> list[np.ndarray]:
         parts.append(baked.logits(hidden[0]))
     cache, single = baked.allocate(1), []
     for token in ids:
-        hidden, new = baked.decode(token[None], cache)
+        logits, new = baked.decode(token[None], cache)
         cache.commit([0], new, [1])
-        single.append(baked.logits(hidden[0])[None])
+        single.append(logits)
     return [logits.numpy() for logits in (*found, torch.cat(parts), torch.cat(single))]
 
 

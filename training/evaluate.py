@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.baked import BakedLM, bake, score_document
+from model.baked import BakedLM, bake
 from model.bundle import Bundle, BundleError, open_bundle
 from model.network import AllAttentionLM
 from model.scoring import Score, Tally
+from model.served import score_document, score_positions
 from model.tokenizer import BytesTokenizer, Tokenizer, encode_corpus
 from training.config import DataConfig
 from training.corpus import CorpusError, load_corpus
@@ -116,7 +117,7 @@ def _score_fresh(model: BakedLM, windows: np.ndarray) -> np.ndarray:
     batch, rows = torch.from_numpy(windows).to(model.device), range(len(windows))
     hidden, _ = model.extend(batch[:, :-1], model.allocate(len(windows)), rows)
     logprobs: np.ndarray = (
-        torch.stack([model.score(hidden[row], batch[row, 1:]).logprobs for row in rows]).cpu().numpy()
+        torch.stack([score_positions(model, hidden[row], batch[row, 1:]).logprobs for row in rows]).cpu().numpy()
     )
     return logprobs
 

@@ -1,0 +1,1 @@
+"""A bundle as frozen graphs: TorchScript, ONNX, compiled packages; each verified against the baked model."""

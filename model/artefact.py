@@ -1,0 +1,212 @@
+"""The artefact: the folder that export writes and that the server runs, a bundle's model as frozen graphs.
+
+Beside a bundle's config.json, tokenizer.json and README.md it holds the graphs and manifest.json, which names every
+file with its size and sha256, every input and output, and where the slots of the rings lie. Knows no torch.
+
+There are three graphs. Sizes: B rows, T new tokens, E width, V vocabulary, h heads of a group, S slots of its rings,
+H heads, D head size, n positions:
+
+    decode   tokens [B], lengths [B], rings                  -> logits [B, V] and, for each layer, new [B, 1, 2, H, D]
+    extend   tokens [B, T], num_new [B], lengths [B], rings  -> hidden [B, T, E], logits [B, V] after the last new token
+                                                                of each row, memory_share [B, T, layers], and new
+    logits   hidden [n, E]                                   -> logits [n, V]
+
+They change nothing: the owner of the rings writes the keys and values of `new`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from model.bundle import Bundle, BundleError, open_description
+
+FORMAT: Literal[1] = 1
+MANIFEST = "manifest.json"
+MODEL_HASH = "model_hash"  # under this name a graph says which model it is of
+RING_LAYOUT = (
+    "rings[l][g] is group g of layer l: inputs layer{l}.group{g}.key and .value, each [rows, num_heads, num_slots, "
+    "head size]. The token at position p of a row lies in slot p % num_slots; lengths are tokens consumed, never "
+    "clipped; slots that nothing was written to must be finite. layer{l}.new is [rows, tokens, key or value, heads, "
+    "head size]; the heads of group g come after those of the groups before it."
+)
+EXPORT_AGAIN = "export the bundle again"
+
+Kind = Literal["torchscript", "onnx", "pt2"]
+GraphName = Literal["decode", "extend", "logits"]
+GRAPHS: tuple[GraphName, ...] = ("decode", "extend", "logits")
+
+
+class ArtefactError(BundleError):
+    """An artefact that cannot be written, read or run; the message names the file and what to do."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileFacts(_Part):
+    """What a file must be."""
+
+    num_bytes: int
+    sha256: str
+
+
+class TensorFacts(_Part):
+    """An input or output of a graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]  # a name stands for a size that may differ from call to call
+
+
+class GraphFacts(_Part):
+    """Where a graph is, and what goes in and comes out, in order."""
+
+    file: str
+    inputs: tuple[TensorFacts, ...]
+    outputs: tuple[TensorFacts, ...]
+
+
+class RingFacts(_Part):
+    """The rings of one group of heads."""
+
+    num_heads: int
+    num_slots: int
+
+
+class Manifest(_Part):
+    """manifest.json as a whole."""
+
+    format: Literal[1]
+    kind: Kind
+    weights: str  # how they are kept: float32, float16, int8, int4
+    dtype: Literal["float32", "float16"]  # of rings and hidden states
+    model_hash: str  # sha256 of the weights of the bundle it was made from
+    opset: int | None  # of ONNX
+    versions: dict[str, str]  # of what wrote it
+    graphs: dict[GraphName, GraphFacts]
+    ring_layout: str
+    rings: tuple[tuple[RingFacts, ...], ...]  # for each layer its groups
+    spans: tuple[tuple[int, ...], ...]  # for each layer, the reach of each head in the order of training, in tokens
+    files: dict[str, FileFacts]  # all but this one
+    verified: dict[str, Any]  # what replay and scoring measured, against the bundle's own model
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A folder that passed every check of `open_artefact`."""
+
+    path: Path
+    manifest: Manifest
+    bundle: Bundle  # the model's description; it has no weights
+
+    def check_model(self, file: Path, found: str) -> None:
+        """Raises ArtefactError if a graph says that it is of another model."""
+        if found != (expected := self.manifest.model_hash):
+            raise ArtefactError(
+                f"{file} is a graph of the model {found or '(none named)'}, not of {expected}; {EXPORT_AGAIN}"
+            )
+
+
+def is_artefact(path: str | Path) -> bool:
+    """Whether a folder means to be one."""
+    return (Path(path) / MANIFEST).exists()
+
+
+def open_artefact(path: str | Path) -> Artefact:
+    """Check every file of an artefact and return it.
+
+    Raises:
+        ArtefactError: a file is missing, cut short, changed, of another model or of another format.
+        BundleError: the description is not whole.
+    """
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    for name, facts in manifest.files.items():
+        _check_file(folder / name, facts=facts)
+    bundle = open_description(folder)
+    if bundle.hash != manifest.model_hash:
+        raise ArtefactError(
+            f"{folder / MANIFEST}: model_hash is {manifest.model_hash}, config.json is of the model {bundle.hash}; "
+            f"files of two models lie in one folder: {EXPORT_AGAIN}"
+        )
+    return Artefact(folder, manifest, bundle)
+
+
+def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> Manifest:
+    """Write manifest.json over all other files that lie in the folder; `facts` are the other fields of `Manifest`."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name != MANIFEST)
+    files = {name: describe_file(folder / name) for name in names}
+    manifest = Manifest(format=FORMAT, ring_layout=RING_LAYOUT, files=files, **facts)
+    (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
+    return manifest
+
+
+def check_replaceable(target: Path) -> None:
+    """Raises ArtefactError unless there is nothing, an empty folder or an artefact and no more."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ArtefactError(f"{target} is a file; an artefact is a folder: choose another place")
+    held = {entry.name for entry in target.iterdir()}
+    if not held:
+        return
+    known = {MANIFEST, *_read_manifest(target).files} if MANIFEST in held else set()
+    if held - known:
+        raise ArtefactError(
+            f"{target} exists and is not an artefact (it has {', '.join(sorted(held - known)[:5])}); it was left as it "
+            "is: choose another place or move it away"
+        )
+
+
+def describe_file(file: Path) -> FileFacts:
+    """Its facts as they are."""
+    digest = hashlib.sha256()
+    for block in _blocks(file):
+        digest.update(block)
+    return FileFacts(num_bytes=file.stat().st_size, sha256=digest.hexdigest())
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    file = folder / MANIFEST
+    try:
+        document = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ArtefactError(f"{file}: {error.strerror}; an artefact is what export.run writes") from error
+    except ValueError as error:
+        raise ArtefactError(f"{file} is not valid JSON ({error}); {EXPORT_AGAIN}") from error
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != FORMAT:
+        raise ArtefactError(f"{file}: format is {found!r} and this version reads {FORMAT}; {EXPORT_AGAIN}")
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ArtefactError(f"{file}: {faults}; {EXPORT_AGAIN}") from error
+
+
+def _check_file(file: Path, *, facts: FileFacts) -> None:
+    if not file.is_file():
+        raise ArtefactError(f"{file} is missing; copy the artefact again, or {EXPORT_AGAIN}")
+    if (found := file.stat().st_size) != facts.num_bytes:
+        problem = "is cut short" if found < facts.num_bytes else "is too long"
+        raise ArtefactError(
+            f"{file} {problem}: it has {found} bytes, {MANIFEST} says {facts.num_bytes}; copy the artefact again, or "
+            f"{EXPORT_AGAIN}"
+        )
+    if (digest := describe_file(file).sha256) != facts.sha256:
+        raise ArtefactError(
+            f"{file} was changed: its sha256 is {digest} and not {facts.sha256}; copy the artefact again, or "
+            f"{EXPORT_AGAIN}"
+        )
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as source:
+        while block := source.read(1 << 20):
+            yield block

@@ -1,0 +1,83 @@
+"""Graphs that torch itself runs: TorchScript in one file, or a package of compiled code (AOTInductor) a graph."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.artefact import GRAPHS, MODEL_HASH, Artefact, ArtefactError
+
+
+class TorchGraphs:
+    """A function a graph, from tensors to tensors."""
+
+    def __init__(self, run: Mapping[str, Callable[..., Any]], *, device: torch.device) -> None:
+        self.device = device
+        self._run = run
+
+    def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph `decode`."""
+        outputs: Sequence[Tensor] = self._run["decode"](*inputs)
+        return outputs
+
+    def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph `extend`."""
+        outputs: Sequence[Tensor] = self._run["extend"](*inputs)
+        return outputs
+
+    def run_logits(self, hidden: Tensor) -> Tensor:
+        """The graph `logits`."""
+        outputs = self._run["logits"](hidden)
+        logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
+        return logits
+
+
+def load_torch_graphs(artefact: Artefact, *, device: str) -> TorchGraphs:
+    """Load a TorchScript or a pt2 artefact.
+
+    Args:
+        device: auto, cpu or cuda. A compiled package runs only on the kind of device that it was compiled for.
+
+    Raises:
+        ArtefactError: a file is no such graph, is of another model, or cannot run there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArtefactError("device = 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")
+    if artefact.manifest.kind == "torchscript":
+        place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        return TorchGraphs(_load_script(artefact, place), device=place)
+    if device == "cuda":
+        raise ArtefactError(f"device = 'cuda', but {artefact.path} is compiled for the CPU; allowed: auto, cpu")
+    return TorchGraphs(_load_packages(artefact), device=torch.device("cpu"))
+
+
+def _load_script(artefact: Artefact, device: torch.device) -> dict[str, Callable[..., Any]]:
+    file = artefact.path / artefact.manifest.graphs["decode"].file
+    said = {MODEL_HASH: ""}
+    try:
+        module = torch.jit.load(file, map_location=device, _extra_files=said)  # type: ignore[no-untyped-call]
+        run: dict[str, Callable[..., Any]] = {name: getattr(module, name) for name in GRAPHS}
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise _broken(file, error) from error
+    found = said[MODEL_HASH]
+    artefact.check_model(file, found.decode() if isinstance(found, bytes) else found)
+    return run
+
+
+def _load_packages(artefact: Artefact) -> dict[str, Callable[..., Any]]:
+    run: dict[str, Callable[..., Any]] = {}
+    for name in GRAPHS:
+        file = artefact.path / artefact.manifest.graphs[name].file
+        try:
+            package = torch._inductor.aoti_load_package(str(file))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise _broken(file, error) from error
+        artefact.check_model(file, package.get_metadata().get(MODEL_HASH, ""))
+        run[name] = package
+    return run
+
+
+def _broken(file: Path, error: Exception) -> ArtefactError:
+    return ArtefactError(f"{file} cannot be loaded by torch {torch.__version__}: {str(error).strip().splitlines()[0]}")
