@@ -31,7 +31,7 @@ NUM_STEPS = 60
 LONGEST = 48  # tokens of a row in one random step
 # Largest difference of a logit that is let pass, by how weights are kept: rounding for float32, the others measured
 # on the bundle that ships and doubled or more.
-BOUNDS = {"float32": 1e-4, "float16": 0.1, "int8": 1.0, "int4": 8.0}
+BOUNDS = {"float32": 1e-4, "float16": 0.1, "int8": 1.0, "int4": 16.0}
 
 
 @dataclass(frozen=True)

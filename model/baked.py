@@ -23,6 +23,7 @@ from model.cache import RingCache
 from model.config import ModelConfig
 from model.layer import PersistentAttention
 from model.network import AllAttentionLM
+from model.served import TORCH_INVARIANT_ROWS
 from model.spans import HeadGroup, group_heads, reach_of_heads, span_mask
 
 Pair = tuple[Tensor, Tensor]  # keys and values, or position vectors and biases
@@ -95,6 +96,8 @@ class BakedLM(nn.Module):
     """An all-attention language model, frozen; see the module's header for its two steps."""
 
     backend = "torch"
+    invariant_rows = TORCH_INVARIANT_ROWS
+    extends_alike = True
 
     def __init__(self, network: AllAttentionLM) -> None:
         super().__init__()

@@ -25,6 +25,16 @@ class Graphs(Protocol):
     """
 
     @property
+    def invariant_rows(self) -> int:
+        """See `ServedLM`."""
+        ...
+
+    @property
+    def extends_alike(self) -> bool:
+        """See `ServedLM`."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         ...
@@ -50,6 +60,8 @@ class ExportedLM:
         self.spans = [list(layer) for layer in manifest.spans]
         self.backend = manifest.kind
         self.weights = manifest.weights
+        self.invariant_rows = graphs.invariant_rows
+        self.extends_alike = graphs.extends_alike
         self.device = graphs.device
         self.dtype = DTYPES[manifest.dtype]
         self._graphs = graphs

@@ -23,12 +23,15 @@ TWINS = ("onnxruntime", "onnxruntime-gpu")  # packages that hold the same files
 class OnnxGraphs:
     """Three sessions."""
 
+    invariant_rows = 2  # fp32 and int8, from 2 to 33 rows, all were equal bit for bit; a single row has its own kernels
+
     def __init__(self, artefact: Artefact, *, device: str, provider: str, num_threads: int | None) -> None:
         """Load an artefact; see `load_exported`. Raises ArtefactError where a graph or the provider cannot be had."""
         check_packages()
         provider = choose_provider(device=device, provider=provider)
         threads = num_threads or torch.get_num_threads()
         self.device = torch.device(provider)
+        self.extends_alike = threads == 1  # how products are cut up for several threads depends on all of their rows
         self._graphs = {
             name: _Graph(artefact, name, provider=provider, num_threads=threads, device=self.device) for name in GRAPHS
         }

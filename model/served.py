@@ -14,6 +14,8 @@ from model.cache import RingCache
 from model.config import ModelConfig
 from model.sampling import BYTES_TO_SCORE, Scored, join_scored, lines_at_once, score_targets
 
+# MKL and oneDNN, fp32: from 4 to 128 rows all were equal bit for bit.
+TORCH_INVARIANT_ROWS = 4
 SCORED_AT_ONCE = 4  # positions at least: fewer would make matrix products sum in another order
 
 
@@ -38,6 +40,20 @@ class ServedLM(Protocol):
     @property
     def weights(self) -> str:
         """How they are kept: float32, bfloat16, float16, int8 or int4."""
+        ...
+
+    @property
+    def invariant_rows(self) -> int:
+        """From so many rows on, `decode` on a CPU gives each row bit for bit what it gives it among more.
+
+        Below, products of matrices sum in another order, so never computing fewer makes a request's numbers
+        independent of its neighbours.
+        """
+        ...
+
+    @property
+    def extends_alike(self) -> bool:
+        """Whether `extend` on a CPU gives a row, bit for bit, the same alone and beside others."""
         ...
 
     @property

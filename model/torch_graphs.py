@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from model.artefact import GRAPHS, MODEL_HASH, Artefact, ArtefactError
+from model.served import TORCH_INVARIANT_ROWS
 
 
 class TorchGraphs:
     """A function a graph, from tensors to tensors."""
+
+    invariant_rows = TORCH_INVARIANT_ROWS
+    extends_alike = True
 
     def __init__(self, run: Mapping[str, Callable[..., Any]], *, device: torch.device) -> None:
         self.device = device

@@ -20,9 +20,6 @@ from server.messages import Sampling
 from server.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# The matrix products of a CPU sum in another order below 4 rows than at 4 and more (MKL and oneDNN, fp32: from 4 to 128
-# rows all were equal bit for bit). Never computing fewer makes a request's numbers independent of its neighbours.
-INVARIANT_ROWS = 4
 
 
 class ModelRunner:
@@ -31,7 +28,8 @@ class ModelRunner:
     def __init__(self, model: ServedLM, *, num_rows: int, batch_invariant: bool = True) -> None:
         self.num_rows = num_rows
         self.model = model
-        self._min_rows = INVARIANT_ROWS if batch_invariant else 1
+        self._min_rows = model.invariant_rows if batch_invariant else 1
+        self._reads_together = model.extends_alike or not batch_invariant
         self.cache = model.allocate(max(num_rows, self._min_rows))
         self.history = History(max(num_rows, self._min_rows), model.config.vocab_size, device=model.device)
         self._prepared: tuple[list[Sampling], Draws] | None = None
@@ -55,7 +53,7 @@ class ModelRunner:
             device: auto, cpu or cuda; auto takes a GPU where there is one.
             provider: auto, cpu or cuda: the execution provider of an ONNX artefact.
             num_threads: CPU threads; None = as many as cores.
-            batch_invariant: see INVARIANT_ROWS.
+            batch_invariant: never compute fewer than the model's `invariant_rows`.
 
         Raises:
             BundleError: the bundle or artefact is not whole, or cannot be run as asked.
@@ -149,7 +147,7 @@ class ModelRunner:
             self._draw(logits, Draws([sampling] * count, device=self.model.device), [Draw(sampling, 1, 1)] * count)
             decoded.append(logits[0].clone())
         for num_new in sorted({_padded(size) for size in range(1, chunk_tokens + 1)}):
-            for count in {1, self.num_rows}:
+            for count in {1, self.num_rows} if self._reads_together else {1}:
                 chunks = [Chunk(row, np.ones(num_new, dtype=np.int32)) for row in range(count)]
                 hidden, _, _ = self._stretch(chunks, num_new=num_new)
                 scored = score_positions(self.model, hidden[0], torch.ones_like(hidden[0, :, 0], dtype=torch.int64))
@@ -162,15 +160,16 @@ class ModelRunner:
     def extend(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
         """Read stretches of prompts and documents, one a row; draw or score where a chunk asks for it.
 
-        Chunks that are padded to one length are read together. The length depends on the chunk alone, and so do the
-        numbers that come out.
+        Chunks that are padded to one length are read together, unless that could change their numbers. The length
+        depends on the chunk alone, and so do the numbers that come out.
         """
-        alike: dict[tuple[int, bool], list[int]] = {}
+        alike: dict[tuple[int, bool, int], list[int]] = {}
         for i, chunk in enumerate(chunks):
-            alike.setdefault((_padded(len(chunk.tokens)), chunk.extras.memory_share), []).append(i)
+            key = _padded(len(chunk.tokens)), chunk.extras.memory_share, 0 if self._reads_together else i
+            alike.setdefault(key, []).append(i)
         results: dict[int, ChunkResult] = {}
         commits = []
-        for (num_new, _), indices in alike.items():
+        for (num_new, *_), indices in alike.items():
             some = [chunks[i] for i in indices]
             hidden, new, shares = self._stretch(some, num_new=num_new)
             commits.append(([chunk.row for chunk in some], new, [len(chunk.tokens) for chunk in some]))
