@@ -1,4 +1,4 @@
-# make serve | train | test | test-fast | check | bench | soak. Each sets up all it needs in .venv;
+# make serve | train | test | test-fast | check | bench | soak | docker-check. Each sets up all it needs in .venv;
 # `PYTHON=python3.12 make serve` picks another interpreter.
 PYTHON ?= python3
 BUNDLE ?= bundles/default
@@ -8,7 +8,7 @@ MINUTES ?= 60
 
 RUN = .venv/bin/python
 
-.PHONY: serve train test test-fast check bench soak clean
+.PHONY: serve train test test-fast check bench soak docker-check clean
 
 serve: .venv
 	@$(RUN) -m server --bundle $(BUNDLE) --port $(PORT)
@@ -34,6 +34,10 @@ bench: .venv
 
 soak: .venv
 	@$(RUN) -m benchmarks.soak --bundle $(BUNDLE) --minutes $(MINUTES)
+
+# needs docker, podman or buildah, and no .venv
+docker-check:
+	deploy/docker-check.sh
 
 clean:
 	rm -rf .venv .cache build *.egg-info

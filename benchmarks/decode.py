@@ -1,15 +1,17 @@
-"""Tokens per second of the baked step at several batch sizes, beside what this machine's memory and arithmetic allow.
+"""Tokens per second of a model at several batch sizes, beside what this machine's memory and arithmetic allow.
 
-    python -m benchmarks.decode [--bundle DIR | --paper] [--dtype float32|bfloat16] [--batches 1 8 32] [--repeats 7]
+    python -m benchmarks.decode [--bundle DIR] [--dtype float32|bfloat16] [--batches 1 8 32] [--repeats 7] [--text FILE]
 
---paper takes the paper's 18-layer shape of 39 M parameters with random weights and spans of up to 256 tokens. No HTTP:
-the runner's own `decode`, greedy, after a prompt of 64 tokens. The last line is JSON.
+DIR is a bundle or an artefact, or `paper`: the paper's 18-layer shape of 39 M parameters with random weights and spans
+of up to 256 tokens. No HTTP: the runner's own `decode`, greedy, after a prompt of 64 tokens. With --text the bits per
+byte of its first 100 kB too. The last line is JSON.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.baked import BakedLM, bake
+from benchmarks.load import PAPER, write_paper_bundle
+from model.artefact import is_artefact, open_artefact
+from model.bundle import open_bundle
 from model.config import ModelConfig
-from model.network import AllAttentionLM
+from model.scoring import Score
+from model.served import score_document
+from model.tokenizer import Tokenizer
 from server.messages import Sampling
 from server.runner import DTYPES, ModelRunner
 from server.sequence import Chunk, Draw
@@ -28,17 +34,7 @@ from server.sequence import Chunk, Draw
 PROMPT = 64
 STEPS = 32  # of one repetition
 GREEDY = Sampling()
-
-
-def paper_model(dtype: torch.dtype) -> BakedLM:
-    """The paper's 18 layers with spans spread as trained ones are: most of them short, some long."""
-    config = ModelConfig(vocab_size=256, num_layers=18, width=512, num_heads=8, num_persistent=1024, max_span=224)
-    torch.manual_seed(0)
-    network = AllAttentionLM(config)
-    with torch.no_grad():
-        for layer in network.layers:
-            layer.span.copy_(torch.tensor([0.0, 0.0, 0.0, 0.1, 0.1, 0.3, 0.6, 1.0]))
-    return bake(network, dtype=dtype)
+BYTES_OF_WEIGHTS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}  # with scales
 
 
 def best(work: Callable[[], object], *, repeats: int = 5) -> float:
@@ -60,9 +56,9 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
     return bandwidth, 2 * side**3 / best(lambda: left @ right)
 
 
-def decode_rate(model: BakedLM, batch: int, *, repeats: int) -> float:
+def decode_rate(runner: ModelRunner, *, repeats: int) -> float:
     """Median tokens per second of all rows together."""
-    runner = ModelRunner(model, num_rows=batch)
+    batch = runner.num_rows
     tokens = np.arange(PROMPT, dtype=np.int32)
     for row in range(batch):
         runner.reset(row)
@@ -79,42 +75,68 @@ def decode_rate(model: BakedLM, batch: int, *, repeats: int) -> float:
     return statistics.median(rates[1:])
 
 
-def possible_rate(model: BakedLM, batch: int, *, bandwidth: float, flops: float) -> float:
+def possible_rate(runner: ModelRunner, config: ModelConfig, *, bandwidth: float, flops: float) -> float:
     """Tokens per second if reading weights and rings once a step, or arithmetic, were all that costs time."""
-    weights = sum(
-        buffer.nbytes for name, buffer in model.named_buffers() if "tables" not in name and name != "embedding"
-    )
-    multiplied = weights / model.embedding.element_size()
-    read = (weights + batch * model.allocate(1).bytes_per_row) / bandwidth
+    layer = 4 * config.width**2 + 2 * config.num_persistent * config.width
+    multiplied = config.num_layers * layer + config.width * config.vocab_size  # weights in products; adaptive: fewer
+    batch = runner.num_rows
+    state = runner.cache.bytes_per_row
+    read = (multiplied * BYTES_OF_WEIGHTS[runner.weights] + batch * state) / bandwidth
     return batch / max(read, batch * 2 * multiplied / flops)
+
+
+def bits_per_byte(runner: ModelRunner, tokenizer: Tokenizer, text: Path, *, num_bytes: int = 100_000) -> float:
+    """Of the beginning of a text, scored exactly."""
+    tokens = np.array(tokenizer.encode(text.read_bytes()[:num_bytes].decode(errors="ignore")))
+    logprobs: list[float] = []
+    with tqdm(total=len(tokens) - 1, desc="score", unit="tok", unit_scale=True) as bar:
+        for some, _ in score_document(runner.model, tokens):
+            logprobs += some.tolist()
+            bar.update(len(some))
+    found = Score.of(tokenizer, tokens[1:].tolist(), logprobs).bits_per_byte
+    assert found is not None
+    return found
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bundle", type=Path, default=Path("bundles/default"))
-    parser.add_argument("--paper", action="store_true", help="the paper's 39 M shape with random weights instead")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/default"), help="or an artefact, or `paper`")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a bundle")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch-invariant", choices=("true", "false"), default="true")
+    parser.add_argument("--text", type=Path, help="of which to tell the bits per byte")
     args = parser.parse_args()
-    dtype = DTYPES[args.dtype]
-    model = (
-        paper_model(dtype) if args.paper else ModelRunner.load(args.bundle, num_rows=1, dtype=args.dtype).model
-    )
-    bandwidth, flops = ceilings(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = write_paper_bundle(Path(folder) / PAPER) if str(args.bundle) == PAPER else args.bundle
+        print(json.dumps({"benchmark": "decode", "model": str(args.bundle), **measure(bundle, args)}))
+
+
+def measure(bundle: Path, args: argparse.Namespace) -> dict[str, object]:
+    """All figures of one model."""
+    described = open_artefact(bundle).bundle if is_artefact(bundle) else open_bundle(bundle)
+
+    def load(batch: int) -> ModelRunner:
+        invariant = args.batch_invariant == "true"
+        return ModelRunner.load(bundle, num_rows=batch, dtype=args.dtype, device="cpu", batch_invariant=invariant)
+
+    runner = load(1)
+    bandwidth, flops = ceilings(DTYPES.get(runner.weights, torch.float32))
     rows = []
     for batch in tqdm(args.batches, desc="batch sizes"):
-        achieved = decode_rate(model, batch, repeats=args.repeats)
-        possible = possible_rate(model, batch, bandwidth=bandwidth, flops=flops)
+        runner = load(batch)
+        achieved = decode_rate(runner, repeats=args.repeats)
+        possible = possible_rate(runner, described.config, bandwidth=bandwidth, flops=flops)
         rows.append({"batch": batch, "tokens_per_s": round(achieved), "possible": round(possible)})
         rows[-1]["share"] = round(achieved / possible, 3)
-    result = {
-        "benchmark": "decode",
-        "model": "paper 18 layers, random" if args.paper else str(args.bundle),
-        "parameters": model.config.num_parameters,
-        "dtype": args.dtype,
-        "state_bytes_per_row": model.allocate(1).bytes_per_row,
+    return {
+        "backend": runner.backend,
+        "weights": runner.weights,
+        "parameters": described.config.num_parameters,
+        "dtype": runner.dtype,
+        "state_bytes_per_row": runner.cache.bytes_per_row,
+        "bits_per_byte": args.text and round(bits_per_byte(runner, described.tokenizer, args.text), 5),
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -122,7 +144,6 @@ def main() -> None:
         "GFLOP_per_s": round(flops / 1e9),
         "batches": rows,
     }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

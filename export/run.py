@@ -48,18 +48,28 @@ def main(argv: Sequence[str]) -> int:
     """Export one bundle; returns the exit status."""
     asked = _parser().parse_args(argv)
     try:
-        export(asked.bundle, asked.out, format=asked.format, text=asked.text, num_bytes=asked.num_bytes)
+        export(
+            asked.bundle,
+            asked.out,
+            format=asked.format,
+            device=asked.device,
+            text=asked.text,
+            num_bytes=asked.num_bytes,
+        )
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def export(bundle_path: Path, out: Path, *, format: str, text: Path = TEXT, num_bytes: int = NUM_BYTES) -> Verified:
+def export(
+    bundle_path: Path, out: Path, *, format: str, device: str = "cpu", text: Path = TEXT, num_bytes: int = NUM_BYTES
+) -> Verified:
     """Write and verify an artefact at `out`, in place of the artefact that may be there.
 
     Args:
         format: a key of FORMATS.
+        device: cpu or cuda. TorchScript and pt2 run only on the kind of device that they are made on.
         text: what bundle and artefact both score, up to `num_bytes`.
 
     Raises:
@@ -68,9 +78,11 @@ def export(bundle_path: Path, out: Path, *, format: str, text: Path = TEXT, num_
             compute what the bundle does. `out` is as it was.
     """
     form, target = FORMATS[format], out.resolve()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArtefactError("device = 'cuda', but torch sees no CUDA device; allowed here: cpu")
     check_replaceable(target)
     bundle = open_bundle(bundle_path)
-    model = load_reference(bundle, dtype=getattr(torch, form.dtype))
+    model = load_reference(bundle, dtype=getattr(torch, form.dtype)).to(device)
     print(f"{bundle_path}: {bundle.config.num_parameters / 1e6:.1f} M parameters, as {format}")
     with replacing(target) as fresh:
         for name in DESCRIPTION:
@@ -81,7 +93,7 @@ def export(bundle_path: Path, out: Path, *, format: str, text: Path = TEXT, num_
             graphs[graph], begun = described, time.monotonic()
         facts = _facts(form, model, bundle, graphs)
         write_manifest(fresh, facts={**facts, "verified": {}})
-        exported = load_exported(open_artefact(fresh), device="cpu")
+        exported = load_exported(open_artefact(fresh), device=device)
         verified = verify(bundle, exported, weights=form.weights, text=text, num_bytes=num_bytes)
         manifest = write_manifest(fresh, facts={**facts, "verified": {"text": text.name, **asdict(verified)}})
     print("  " + str(verified).replace("\n", "\n  "))
@@ -129,6 +141,7 @@ def _facts(form: Format, model: BakedLM, bundle: Bundle, graphs: dict[GraphName,
         "kind": form.kind,
         "weights": form.weights,
         "dtype": form.dtype,
+        "device": None if form.kind == "onnx" else model.device.type,
         "model_hash": bundle.hash,
         "opset": OPSET if form.kind == "onnx" else None,
         "versions": {name: version(name) for name in ("allattn", *PACKAGES[form.kind])},
@@ -156,6 +169,9 @@ def _parser() -> argparse.ArgumentParser:
                 "pt2 is compiled for this machine",
             )
         ),
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to make and verify it; default: %(default)s"
     )
     parser.add_argument("--text", type=Path, default=TEXT, help="UTF-8 file that both score; default: %(default)s")
     parser.add_argument("--num-bytes", type=int, default=NUM_BYTES, help="how much of it; default: %(default)s")

@@ -86,6 +86,7 @@ class Manifest(_Part):
     kind: Kind
     weights: str  # how they are kept: float32, float16, int8, int4
     dtype: Literal["float32", "float16"]  # of rings and hidden states
+    device: Literal["cpu", "cuda"] | None  # that its graphs were made on, and run on; None = any
     model_hash: str  # sha256 of the weights of the bundle it was made from
     opset: int | None  # of ONNX
     versions: dict[str, str]  # of what wrote it

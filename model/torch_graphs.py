@@ -42,19 +42,23 @@ def load_torch_graphs(artefact: Artefact, *, device: str) -> TorchGraphs:
     """Load a TorchScript or a pt2 artefact.
 
     Args:
-        device: auto, cpu or cuda. A compiled package runs only on the kind of device that it was compiled for.
+        device: auto, cpu or cuda. The graphs run only on the kind of device that they were made on.
 
     Raises:
         ArtefactError: a file is no such graph, is of another model, or cannot run there.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ArtefactError("device = 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")
-    if artefact.manifest.kind == "torchscript":
-        place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        return TorchGraphs(_load_script(artefact, place), device=place)
-    if device == "cuda":
-        raise ArtefactError(f"device = 'cuda', but {artefact.path} is compiled for the CPU; allowed: auto, cpu")
-    return TorchGraphs(_load_packages(artefact), device=torch.device("cpu"))
+    made_on = artefact.manifest.device or "cpu"
+    if device not in ("auto", made_on):
+        raise ArtefactError(
+            f"device = {device!r}, but {artefact.path} was made on {made_on!r}; export with --device {device}"
+        )
+    if made_on == "cuda" and not torch.cuda.is_available():
+        raise ArtefactError(
+            f"{artefact.path} was made on 'cuda', and torch sees no CUDA device; export with --device cpu"
+        )
+    place = torch.device(made_on)
+    load = _load_script if artefact.manifest.kind == "torchscript" else _load_packages
+    return TorchGraphs(load(artefact, place), device=place)
 
 
 def _load_script(artefact: Artefact, device: torch.device) -> dict[str, Callable[..., Any]]:
@@ -70,7 +74,7 @@ def _load_script(artefact: Artefact, device: torch.device) -> dict[str, Callable
     return run
 
 
-def _load_packages(artefact: Artefact) -> dict[str, Callable[..., Any]]:
+def _load_packages(artefact: Artefact, _device: torch.device) -> dict[str, Callable[..., Any]]:
     run: dict[str, Callable[..., Any]] = {}
     for name in GRAPHS:
         file = artefact.path / artefact.manifest.graphs[name].file

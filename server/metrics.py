@@ -26,6 +26,8 @@ class EngineState(Protocol):
     @property
     def restarts(self) -> int: ...  # noqa: D102
     @property
+    def heartbeat_age_s(self) -> float: ...  # noqa: D102
+    @property
     def rows_used(self) -> int: ...  # noqa: D102
     @property
     def num_waiting(self) -> int: ...  # noqa: D102
@@ -36,14 +38,18 @@ class EngineState(Protocol):
 class Metrics:
     """All of them, in a registry of their own."""
 
-    def __init__(self, engine: EngineState) -> None:
+    def __init__(self, engine: EngineState, *, num_rows: int) -> None:
         self._registry = CollectorRegistry()
         self._gauge("num_requests_running", "Sequences that hold a row.", lambda: engine.rows_used)
         self._gauge("rows_used", "Rows of the batch in use.", lambda: engine.rows_used)
+        self._gauge("rows", "Rows of the batch.", lambda: num_rows)
         self._gauge("num_requests_waiting", "Sequences that wait for a row.", lambda: engine.num_waiting)
         self._gauge("num_tokens_waiting", "Prompt tokens that wait to be read.", lambda: engine.tokens_waiting)
         self._gauge("engine_ready", "1 while work is taken.", lambda: int(engine.state == "ready"))
         self._gauge("engine_restarts", "Engine processes that were replaced.", lambda: engine.restarts)
+        self._gauge(
+            "engine_heartbeat_age_seconds", "Since the engine last said anything.", lambda: engine.heartbeat_age_s
+        )
         self._first_token = self._time("time_to_first_token_seconds", "From admission to the first token.")
         self._token_gap = TokenHistogram(
             "allattn_inter_token_latency_seconds", "Between two tokens of a sequence.", bounds=TIME_BUCKETS
@@ -107,7 +113,7 @@ class Metrics:
         """A request was answered with an error. `reason` is the error's code."""
         self._rejected.labels(reason).inc()
 
-    def _gauge(self, name: str, text: str, read: Callable[[], int]) -> None:
+    def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         Gauge(f"allattn_{name}", text, registry=self._registry).set_function(read)
 
     def _time(self, name: str, text: str, *labels: str) -> Histogram:

@@ -91,7 +91,7 @@ class Service:
             max_tokens=settings.max_waiting_tokens,
             tokens_waiting=lambda: link.tokens_waiting,
         )
-        self.metrics = Metrics(link)
+        self.metrics = Metrics(link, num_rows=settings.num_rows)
         self._by_request: dict[str, dict[str, LiveSequence]] = {}  # request id, id of the sequence
         self._numbers = count(1)
         link.on_step = self._hear

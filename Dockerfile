@@ -1,0 +1,47 @@
+# Serves bundles/default, or any bundle that is mounted, on port 8000:
+#   docker build -t allattn .
+#   docker run --rm --read-only --tmpfs /tmp --stop-timeout 35 -p 8000:8000 allattn
+#   docker run ... --gpus all allattn                                    (the same image; torch's wheels bring CUDA along)
+#   docker run ... -v DIR:/bundle:ro -e ALLATTN_BUNDLE=/bundle allattn
+# `--stop-timeout` leaves live requests the time that `shutdown_timeout_s` grants them; docker's own is 10 s.
+# More extras of pyproject.toml are named by `--build-arg EXTRAS="server onnx"`.
+# torch comes from the package index that the builder's pip is set up with; one of CPU wheels gives a small image.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /app
+RUN python -m venv --without-pip /opt/venv
+# Dependencies come first and from pyproject.toml alone, so that a change of the code does not load torch again.
+COPY pyproject.toml .
+ARG EXTRAS=server
+RUN python -c "import sys, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*project['dependencies'], sep='\n'); \
+        [print(*project['optional-dependencies'][extra], sep='\n') for extra in sys.argv[1:]]" ${EXTRAS} \
+        > /tmp/requirements.txt \
+    && pip --python /opt/venv/bin/python install --requirement /tmp/requirements.txt
+COPY . .
+# The code runs from here; what is installed of it is its name and version alone, which /info tells. Who runs the image
+# cannot write here, so the bytecode is made now.
+RUN mkdir /tmp/allattn && cp pyproject.toml README.md LICENSE /tmp/allattn \
+    && pip --python /opt/venv/bin/python install --no-deps /tmp/allattn \
+    && python -m compileall -q --invalidation-mode unchecked-hash .
+
+FROM ${PYTHON_IMAGE}
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="allattn" \
+      org.opencontainers.image.description="HTTP server for all-attention language models" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /app /app
+# HOME is the one place that may be written to, where anything may.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp ALLATTN_HOST=0.0.0.0
+WORKDIR /app
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=10s --start-period=120s --retries=3 \
+    CMD ["python", "-m", "deploy.probe"]
+ENTRYPOINT ["python", "-m", "server"]
