@@ -10,6 +10,9 @@ from starlette.types import Receive, Scope, Send
 
 from model.bundle import Bundle
 from server import openapi
+from server.completion_replies import Completion, Model, ModelList
+from server.completion_schema import CompletionRequest
+from server.completions import completions_router
 from server.config import Settings
 from server.connection import FIRST_SEND
 from server.errors import (
@@ -27,7 +30,9 @@ from server.generate import generate_router
 from server.health import health_router
 from server.keys import others_can_read
 from server.metrics import Metrics
+from server.models import models_router
 from server.parameters import GenerateRequest
+from server.playground import playground_router
 from server.replies import GenerateEvent, GenerateReply, HealthReply
 from server.request_log import CLIENT_GONE, RequestLog
 from server.requests import CancelReply, requests_router
@@ -36,15 +41,30 @@ from server.score_replies import ScoreEvent, ScoreReply
 from server.score_schema import ScoreRequest
 from server.security import OPEN_PATHS, Answer, BearerAuth
 from server.service import Link, Service, package_version
+from server.tokenizer_api import (
+    DetokenizeReply,
+    DetokenizeRequest,
+    TokenizeReply,
+    TokenizeRequest,
+    TokenizerInfo,
+    tokenizer_router,
+)
+from server.tracing import Tracing
 
-REQUESTS = (GenerateRequest, ScoreRequest)
-REPLIES = (GenerateReply, GenerateEvent, ScoreReply, ScoreEvent, CancelReply, HealthReply)
-ROUTERS = (generate_router, score_router, requests_router, health_router)
+REQUESTS = (GenerateRequest, ScoreRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+REPLIES = (
+    *(GenerateReply, GenerateEvent, ScoreReply, ScoreEvent, CancelReply, HealthReply),
+    *(Completion, ModelList, Model, TokenizeReply, DetokenizeReply, TokenizerInfo),
+)
+ROUTERS = (
+    *(generate_router, score_router, completions_router, models_router, tokenizer_router),
+    *(requests_router, health_router, playground_router),
+)
 
 log = logging.getLogger(__name__)
 
 
-def create_app(*, settings: Settings, bundle: Bundle, link: Link) -> FastAPI:
+def create_app(*, settings: Settings, bundle: Bundle, link: Link, tracing: Tracing | None = None) -> FastAPI:
     """The HTTP side of a server whose engine is at the other end of `link`. Neither starts nor stops it."""
     app = Application(
         title="allattn",
@@ -53,6 +73,7 @@ def create_app(*, settings: Settings, bundle: Bundle, link: Link) -> FastAPI:
         docs_url=None,  # openapi.install has its own
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # would quote exceptions; see request_spans
     )
     service = Service(settings, bundle=bundle, link=link)
     for router in ROUTERS:
@@ -63,6 +84,8 @@ def create_app(*, settings: Settings, bundle: Bundle, link: Link) -> FastAPI:
     service.metrics.instrument(app)
     app.add_middleware(RequestLog, answer=answer)
     _install_errors(app, answer=answer)
+    if tracing is not None:
+        tracing.install(app, model=service.model_name)
     return app
 
 

@@ -5,6 +5,7 @@ ServerError
 │   ├── MalformedRequest    400
 │   ├── Unauthorized        401
 │   ├── NotFound            404
+│   ├── ModelNotFound       404
 │   ├── MethodNotAllowed    405
 │   ├── BodyTooLarge        413
 │   └── InvalidField        422
@@ -67,6 +68,17 @@ class NotFound(RequestError):
     """No such path."""
 
     status, code = 404, "not_found"
+
+
+class ModelNotFound(RequestError):
+    """No such model."""
+
+    status, code = 404, "model_not_found"
+
+    @classmethod
+    def of(cls, given: str, *, name: str) -> "ModelNotFound":
+        """Word the message. `name`: the model that there is."""
+        return cls(f"model: {shown(given)} is not served here; there is {shown(name)}", param="model")
 
 
 class MethodNotAllowed(RequestError):

@@ -28,10 +28,7 @@ _ALL_DETAILS = replace(_DETAILS, prefill=_PREFILL, tokens=[_TOKEN], top_tokens=[
 
 
 def _docs() -> dict[str, Any]:
-    body = openapi.body(GenerateRequest, example=_REQUESTS["a text"])
-    content = body["requestBody"]["content"]["application/json"]
-    del content["example"]  # OpenAPI has either this or the next
-    content["examples"] = {name: {"value": value} for name, value in _REQUESTS.items()}
+    body = openapi.body(GenerateRequest, examples=_REQUESTS)
     ok = openapi.ok(GenerateReply, example=GenerateReply(" ", _ALL_DETAILS))
     one = ok["content"]["application/json"]["schema"]
     ok["content"]["application/json"]["schema"] = {

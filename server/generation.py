@@ -22,23 +22,7 @@ from server.service import LiveSequence, Service
 from server.text import OutputText
 
 Send = Callable[[bytes], Coroutine[Any, Any, None]]
-
-
-def start_generations(
-    plans: list[GenerationPlan], *, service: Service, request_id: str, numbered: bool
-) -> list["Generation"]:
-    """Admit all sequences of a request or none. Those of the first input come first; `numbered` tells them apart.
-
-    Raises:
-        Starting, Draining, EngineDown, QueueFull: none was admitted.
-    """
-    live = service.submit([plan.message(service.new_id) for plan in plans], request_id=request_id)
-    prompts = [(plan, PromptScores(plan.tokens, tokenizer=service.tokenizer)) for plan in plans]
-    places = [(plan, prompt, place) for plan, prompt in prompts for place in range(plan.num_sequences)]
-    return [
-        Generation(plan, place=place, prompt=prompt, live=one, service=service, sequence=i if numbered else UNSET)
-        for i, (one, (plan, prompt, place)) in enumerate(zip(live, places, strict=True))
-    ]
+Encode = Callable[[GenerateEvent], bytes]
 
 
 class Generation:
@@ -79,8 +63,10 @@ class Generation:
         """Per token; the worst of all where there is none."""
         return self.logprob_sum / self.num_tokens if self.num_tokens else -math.inf
 
-    async def run(self, send: Send) -> None:
+    async def run(self, send: Send, *, encode: Encode = frame) -> None:
         """Send every event, framed; the last one has the whole text and the details. One call for all there is.
+
+        encode: puts an event as it shall be sent; called for each one once, in order.
 
         Leaving early, by a cancellation or because `send` raises, frees the row. So does `close` where this was never
         awaited.
@@ -92,13 +78,13 @@ class Generation:
         try:
             while self.details is None:
                 if events := await self._next_events():
-                    await send(b"".join(map(frame, events)))
+                    await send(b"".join(map(encode, events)))
                 if self.details is None and self._is_plain:
-                    await self._run_ahead(send)
+                    await self._run_ahead(send, encode)
         finally:
             self.close()
 
-    async def _run_ahead(self, send: Send) -> None:
+    async def _run_ahead(self, send: Send, encode: Encode) -> None:
         """Send tokens in the turn in which they come, as long as they end nothing and the client keeps up."""
         rest: Rest | None = None
 
@@ -106,7 +92,7 @@ class Generation:
             nonlocal rest
             if message.token in self._end_ids or self.num_tokens + 1 == self.plan.max_new_tokens:
                 return False
-            rest = begin(send(frame(self._event(message))))
+            rest = begin(send(encode(self._event(message))))
             if rest is not None:
                 self._live.wake()
             return True

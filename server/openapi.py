@@ -53,9 +53,10 @@ ENDPOINT_ERRORS = (
 )
 
 
-def body(model: type[RequestBody], *, example: dict[str, Any]) -> dict[str, Any]:
-    """For `openapi_extra`: the JSON body an endpoint reads by itself."""
-    content = {"application/json": {"schema": {"$ref": REF + model.__name__}, "example": example}}
+def body(model: type[RequestBody], *, examples: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """For `openapi_extra`: the JSON body an endpoint reads by itself, with examples by name."""
+    shown = {name: {"value": value} for name, value in examples.items()}
+    content = {"application/json": {"schema": {"$ref": REF + model.__name__}, "examples": shown}}
     return {"requestBody": {"required": True, "content": content}}
 
 

@@ -117,7 +117,7 @@ def _request_error(error: ValidationError, *, model: type[BaseModel]) -> Request
         return own
     if kind == "json_invalid":
         return MalformedRequest(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    if path and path[0] in ("inputs", "prefix"):
+    if path and path[0] in ("inputs", "prompt", "prefix"):
         del path[1:2]  # which of the forms was tried
     owner, name = _owner(model, path), path[-1] if path else ""
     field = ".".join(path) or "body"

@@ -25,10 +25,7 @@ _LISTED = msgspec.structs.replace(_PLAIN, tokens=[_FIRST, _SECOND])
 
 
 def _docs() -> dict[str, Any]:
-    body = openapi.body(ScoreRequest, example=_REQUESTS["a text"])
-    content = body["requestBody"]["content"]["application/json"]
-    del content["example"]  # OpenAPI has either this or the next
-    content["examples"] = {name: {"value": value} for name, value in _REQUESTS.items()}
+    body = openapi.body(ScoreRequest, examples=_REQUESTS)
     ok = openapi.ok(ScoreReply, example=_LISTED)
     one = ok["content"]["application/json"]["schema"]
     ok["content"]["application/json"]["schema"] = {

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -102,8 +103,16 @@ class Scoring:
         head = msgspec.json.encode(reply)
         return b"".join((head[:-1], b',"tokens":[', b",".join(entries), b"]}")) if self.plan.lists_tokens else head
 
+    async def tokens(self) -> list[ScoredToken]:
+        """Run to the end; the list of tokens, which the plan must ask for. Raises as `run` does."""
+        entries: list[ScoredToken] = []
+        with self._alive():
+            async for events in self._events():
+                entries += chain.from_iterable(event.tokens or () for event in events)
+        return entries
+
     def close(self) -> None:
-        """Free the row of a sequence that was neither run nor folded."""
+        """Free the row of a sequence that nobody came to wait for."""
         if not self._has_begun:
             with self._alive():
                 pass

@@ -1,4 +1,4 @@
-"""Who may ask (API keys), and what a browser may do with an answer (headers). Knows no endpoint but the liveness."""
+"""Who may ask (API keys), and what a browser may do with an answer (headers). Knows no endpoint but the open ones."""
 
 import hashlib
 import hmac
@@ -13,6 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.errors import ServerError, Unauthorized
 
 OPEN_PATHS = frozenset({"/health/live", "/healthz"})  # an orchestrator's probe has no key, and learns nothing there
+OPEN_PAGE = "/"  # the playground has to be there to ask for the key; it and its files are the same for everybody
+OPEN_FOLDER = "/playground/"
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
 
 Answer = Callable[[Request, ServerError], Response]
@@ -28,8 +30,7 @@ class BearerAuth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it."""
-        is_probe = scope["type"] == "http" and scope["method"] == "GET" and scope["path"] in OPEN_PATHS
-        if scope["type"] == "lifespan" or is_probe or self._knows(Headers(scope=scope).get("authorization", "")):
+        if scope["type"] == "lifespan" or _is_open(scope) or self._knows(Headers(scope=scope).get("authorization", "")):
             await self._app(scope, receive, send)
             return
         response = self._refuse(Request(scope), Unauthorized("send an API key, as Authorization: Bearer KEY"))
@@ -42,6 +43,13 @@ class BearerAuth:
         # all of them are compared, so that the time does not tell which one is close
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(matches)
+
+
+def _is_open(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["method"] != "GET":
+        return False
+    path: str = scope["path"]
+    return path in OPEN_PATHS or path == OPEN_PAGE or path.startswith(OPEN_FOLDER)
 
 
 def _digest(key: str) -> bytes:

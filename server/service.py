@@ -44,6 +44,8 @@ class Link(Protocol):
     @property
     def state(self) -> LinkState: ...  # noqa: D102
     @property
+    def asked_to_end(self) -> bool: ...  # noqa: D102
+    @property
     def ready(self) -> Ready | None: ...  # noqa: D102
     @property
     def failure(self) -> str: ...  # noqa: D102
