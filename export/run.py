@@ -155,7 +155,10 @@ def _facts(form: Format, model: BakedLM, bundle: Bundle, graphs: dict[GraphName,
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export.run", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=sys.argv[0] if sys.argv[0].startswith("allattn ") else "python -m export.run",
+        description=(__doc__ or "").splitlines()[0],
+    )
     parser.add_argument("bundle", type=Path, help="the folder of the model")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument(

@@ -93,10 +93,10 @@ def banded_attention(
         [H, B, T, D].
     """
     num_new = query.shape[2]
-    bias = to_band(query @ position, outside=float("-inf"))  # [H, B, T, S + T]
+    by_distance = query @ position  # [H, B, T, S]
     if log_mass is not None:
-        band = log_mass[:, None, :].expand(-1, num_new, -1)  # [H, T, S]
-        bias = bias + to_band(band, outside=0.0)[:, None]
+        by_distance = by_distance + log_mass[:, None, None]
+    bias = to_band(by_distance, outside=float("-inf"))  # [H, B, T, S + T]
     if filled is not None:
         slot = torch.arange(key.shape[2], device=key.device)
         empty = slot < (position.shape[1] - filled.to(key.device))[:, None]  # [B, S + T]

@@ -1,5 +1,6 @@
 """Graphs that torch itself runs: TorchScript in one file, or a package of compiled code (AOTInductor) a graph."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def _load_script(artefact: Artefact, device: torch.device) -> dict[str, Callable
     file = artefact.path / artefact.manifest.graphs["decode"].file
     said = {MODEL_HASH: ""}
     try:
-        module = torch.jit.load(file, map_location=device, _extra_files=said)  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript itself
+            module = torch.jit.load(file, map_location=device, _extra_files=said)  # type: ignore[no-untyped-call]
         run: dict[str, Callable[..., Any]] = {name: getattr(module, name) for name in GRAPHS}
     except (RuntimeError, ValueError, AttributeError) as error:
         raise _broken(file, error) from error
