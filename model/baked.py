@@ -97,7 +97,6 @@ class BakedLM(nn.Module):
 
     backend = "torch"
     invariant_rows = TORCH_INVARIANT_ROWS
-    extends_alike = True
 
     def __init__(self, network: AllAttentionLM) -> None:
         super().__init__()

@@ -30,11 +30,6 @@ class Graphs(Protocol):
         ...
 
     @property
-    def extends_alike(self) -> bool:
-        """See `ServedLM`."""
-        ...
-
-    @property
     def device(self) -> torch.device:
         """Where it computes."""
         ...
@@ -61,7 +56,6 @@ class ExportedLM:
         self.backend = manifest.kind
         self.weights = manifest.weights
         self.invariant_rows = graphs.invariant_rows
-        self.extends_alike = graphs.extends_alike
         self.device = graphs.device
         self.dtype = DTYPES[manifest.dtype]
         self._graphs = graphs
@@ -76,7 +70,8 @@ class ExportedLM:
     def decode(self, tokens: Tensor, cache: RingCache) -> tuple[Tensor, list[Tensor]]:
         """As `BakedLM.decode`."""
         lengths = self._to_device(cache.lengths[: len(tokens)])
-        logits, *new = self._graphs.run_decode([tokens, lengths, *_flat(cache.some_rows(range(len(tokens))))])
+        rings = _flat(cache.some_rows(range(len(tokens))))
+        logits, *new = self._graphs.run_decode([tokens.contiguous(), lengths, *rings])
         return logits, new
 
     @torch.inference_mode()
@@ -94,7 +89,7 @@ class ExportedLM:
         lengths = self._to_device(cache.lengths[rows])
         num_new = torch.full_like(lengths, tokens.shape[1])
         rings = _flat(cache.some_rows(rows))
-        hidden, _, memory_share, *new = self._graphs.run_extend([tokens, num_new, lengths, *rings])
+        hidden, _, memory_share, *new = self._graphs.run_extend([tokens.contiguous(), num_new, lengths, *rings])
         return hidden, new, memory_share
 
     @torch.inference_mode()

@@ -31,7 +31,6 @@ class OnnxGraphs:
         provider = choose_provider(device=device, provider=provider)
         threads = num_threads or torch.get_num_threads()
         self.device = torch.device(provider)
-        self.extends_alike = threads == 1  # how products are cut up for several threads depends on all of their rows
         self._graphs = {
             name: _Graph(artefact, name, provider=provider, num_threads=threads, device=self.device) for name in GRAPHS
         }

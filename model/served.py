@@ -52,11 +52,6 @@ class ServedLM(Protocol):
         ...
 
     @property
-    def extends_alike(self) -> bool:
-        """Whether `extend` on a CPU gives a row, bit for bit, the same alone and beside others."""
-        ...
-
-    @property
     def device(self) -> torch.device:
         """Where it computes."""
         ...

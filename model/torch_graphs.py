@@ -16,7 +16,6 @@ class TorchGraphs:
     """A function a graph, from tensors to tensors."""
 
     invariant_rows = TORCH_INVARIANT_ROWS
-    extends_alike = True
 
     def __init__(self, run: Mapping[str, Callable[..., Any]], *, device: torch.device) -> None:
         self.device = device

@@ -22,6 +22,7 @@ from server.logs import log_to_stderr
 from server.messages import LOAD_MODEL
 from server.opening import open_model
 from server.service import Link
+from server.tracing import Tracing, open_tracing
 
 POLL_S = 0.05
 LAST_WRITES_S = 2  # for answers that are complete but not yet read by their clients
@@ -48,23 +49,32 @@ def main(argv: Sequence[str]) -> int:
     log_to_stderr()
     try:
         bundle, settings = open_model(settings)
+        tracing = open_tracing(os.environ)
         listener = listen(settings.host, port=settings.port)
     except ConfigError as error:
         return _complain(str(error), status=2)
     except (BundleError, ListenError) as error:
         return _complain(str(error), status=1)
     try:
-        uvloop.run(run(settings, bundle=bundle, listener=listener))
+        uvloop.run(run(settings, bundle=bundle, listener=listener, tracing=tracing))
     except KeyboardInterrupt:  # before the server's own handlers were in place
         return 130
 
 
-async def run(settings: Settings, *, bundle: Bundle, listener: socket.socket, runner: str = LOAD_MODEL) -> NoReturn:
+async def run(
+    settings: Settings,
+    *,
+    bundle: Bundle,
+    listener: socket.socket,
+    runner: str = LOAD_MODEL,
+    tracing: Tracing | None = None,
+) -> NoReturn:
     """`serve` with an engine process, which belongs to the loop that it is made in; then exit with its status.
 
     It does not come back, for the end of a loop waits for threads, and those that are left work for nobody.
     """
-    status = await serve(settings, bundle=bundle, link=EngineLink(settings, runner=runner), listener=listener)
+    link = EngineLink(settings, runner=runner)
+    status = await serve(settings, bundle=bundle, link=link, listener=listener, tracing=tracing)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -81,25 +91,27 @@ def listen(host: str, *, port: int) -> socket.socket:
         ) from None
 
 
-async def serve(settings: Settings, *, bundle: Bundle, link: Link, listener: socket.socket) -> int:
+async def serve(
+    settings: Settings, *, bundle: Bundle, link: Link, listener: socket.socket, tracing: Tracing | None = None
+) -> int:
     """Start the engine behind an HTTP side that already answers, wait for a reason to end, and end in order.
 
     On the first signal new work is refused while live work goes on, for `shutdown_timeout_s` at most; the answers that
     are ready then still reach their clients. On the second one it ends at once, with status 1: work may be lost.
     """
-    server = _Server(create_app(settings=settings, bundle=bundle, link=link))
+    server = _Server(create_app(settings=settings, bundle=bundle, link=link, tracing=tracing))
     http = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(link.start())
-    await _until(lambda: starting.done() or server.num_signals > 0)
+    await _until(lambda: starting.done() or server.num_signals > 0 or link.asked_to_end)
     if starting.done():
         await starting  # raises where the engine could not even be tried
     if starting.done() and link.state != "failed":
         print(banner(settings, bundle=bundle, link=link, port=listener.getsockname()[1]), flush=True)
         settle_garbage()
-    await _until(lambda: link.state == "failed" or server.num_signals > 0)
+    await _until(lambda: link.state == "failed" or server.num_signals > 0 or link.asked_to_end)
     failed = link.state == "failed"
     starting.cancel()
-    closing = asyncio.create_task(_close(settings, link=link, server=server, http=http))
+    closing = asyncio.create_task(_close(settings, link=link, server=server, http=http, tracing=tracing))
     await _until(lambda: closing.done() or server.num_signals > 1)
     if not closing.done():
         closing.cancel()
@@ -110,10 +122,14 @@ async def serve(settings: Settings, *, bundle: Bundle, link: Link, listener: soc
     return _complain(f"the engine has failed: {link.failure}", status=1) if failed else 0
 
 
-async def _close(settings: Settings, *, link: Link, server: "_Server", http: asyncio.Task[None]) -> None:
+async def _close(
+    settings: Settings, *, link: Link, server: "_Server", http: asyncio.Task[None], tracing: Tracing | None
+) -> None:
     await link.close(grace_s=settings.shutdown_timeout_s)
     server.should_exit = True
     await asyncio.wait([http])
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
 
 
 async def _end_at_once(link: Link, *, server: "_Server", http: asyncio.Task[None]) -> None:

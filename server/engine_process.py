@@ -20,7 +20,18 @@ import numpy as np
 from server.engine import Engine
 from server.garbage import settle_garbage
 from server.logs import log_to_stderr
-from server.messages import Cancel, Died, EngineOptions, FromEngine, Generate, Heartbeat, Ready, Sampling, Score
+from server.messages import (
+    AskedToEnd,
+    Cancel,
+    Died,
+    EngineOptions,
+    FromEngine,
+    Generate,
+    Heartbeat,
+    Ready,
+    Sampling,
+    Score,
+)
 from server.pipe import End, EngineEnd, Heard
 from server.sequence import Runner
 
@@ -39,8 +50,10 @@ class EngineProcess:
     def __init__(self, options: EngineOptions, *, pipe: EngineEnd) -> None:
         self._options = options
         self._pipe = pipe
-        self._asked_to_end = False
+        self._asked_to_end = False  # by the API process
+        self._was_told = False  # that a signal came
         self._last_said = time.monotonic()
+        self.has_signal = False  # set by a handler
 
     def run(self) -> int:
         """Serve until the end; the exit status."""
@@ -48,6 +61,7 @@ class EngineProcess:
             engine = self._start()
             while not self._asked_to_end:
                 self._turn(engine)
+                self._tell_of_signal()
             self._say(engine.shutdown())
             return 0
         except Exception as error:  # whatever it is, the API process must hear of it, and this process is done
@@ -79,6 +93,11 @@ class EngineProcess:
             self._say(engine.step())
         elif time.monotonic() - self._last_said >= HEARTBEAT_S:
             self._say(Heartbeat())
+
+    def _tell_of_signal(self) -> None:
+        if self.has_signal and not self._was_told:
+            self._was_told = True
+            self._say(AskedToEnd())
 
     def _hear(self, engine: Engine, message: Heard) -> None:
         match message:
@@ -156,14 +175,14 @@ def main(argv: list[str]) -> int:
     os.nice(ENGINE_NICENESS)
     descriptor, parent, options = argv
     die_with(int(parent))
-    # Signals of a terminal or a service manager go to both processes, and the API process decides. Handlers and not
-    # SIG_IGN, which the processes of a compiler that torch may start would inherit.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
     log_to_stderr()
     end = socket.socket(fileno=int(descriptor))
     end.set_inheritable(False)
     process = EngineProcess(msgspec.json.decode(options, type=EngineOptions), pipe=EngineEnd(end))
+    # Signals of a terminal or a service manager go to both processes, and the API process decides; it hears of one that
+    # came here. Handlers and not SIG_IGN, which the processes of a compiler that torch may start would inherit.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(process, "has_signal", True))
     return process.run()
 
 

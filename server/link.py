@@ -13,6 +13,7 @@ from server.child import Child
 from server.config import Settings
 from server.messages import (
     LOAD_MODEL,
+    AskedToEnd,
     Cancel,
     EngineOptions,
     FromEngine,
@@ -53,6 +54,7 @@ class EngineLink:
         self.failure = ""  # the last one
         self.restarts = 0
         self.num_waiting = self.tokens_waiting = self.rows_used = 0
+        self.asked_to_end = False  # by a signal to the engine process, in place of one to this process
         self.on_step: Callable[[Step], None] | None = None
         self._settings = settings
         self._runner = runner
@@ -198,6 +200,8 @@ class EngineLink:
             self._dispatch(message)
         elif isinstance(message, Ready):
             self._welcome(message)
+        elif isinstance(message, AskedToEnd):
+            self.asked_to_end = True
 
     def _dispatch(self, step: Step) -> None:
         """The hot path: hand on all that one step has to say."""

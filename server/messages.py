@@ -185,6 +185,10 @@ class Heartbeat(msgspec.Struct, tag=True, frozen=True):
     """Sent at least once a second while the engine's loop turns and has no step to tell of."""
 
 
+class AskedToEnd(msgspec.Struct, tag=True, frozen=True):
+    """Somebody sent SIGTERM to the engine process and means the server: a service manager, or who looked for a name."""
+
+
 class Died(msgspec.Struct, tag=True, frozen=True):
     """The engine cannot go on; `message` says why. The process exits after it."""
 
@@ -192,4 +196,4 @@ class Died(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Generate | Score | Cancel
-FromEngine = Ready | Step | Heartbeat | Died
+FromEngine = Ready | Step | Heartbeat | AskedToEnd | Died

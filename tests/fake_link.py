@@ -40,6 +40,7 @@ class FakeLink:
             spans=((32, 40),),
         )
         self.failure = ""
+        self.asked_to_end = False
         self.restarts = 0
         self.heartbeat_age_s = 0.1
         self.last_step_age_s = 0.1

@@ -1,31 +1,32 @@
 """One table over small bundles: every path gives the oracle's logits, or the same text, or the same figures.
 
-oracle = training forward = any block split = baked in chunks = baked token by token = ragged batch = runner and engine
-= /score = training.evaluate.
+oracle = training forward = any block split = in chunks = token by token = ragged batch = runner and engine = /score
+= training.evaluate; all but training itself on every backend: the baked model in torch, TorchScript and ONNX.
 """
 
 import asyncio
 import json
-from pathlib import Path
 
 import httpx
 import numpy as np
 import oracle
 import pytest
 import torch
-from agreement_bundle import KINDS, build_network, text_of, text_tokens, write_bundle
+from agreement_bundle import KINDS, build_network, text_of, text_tokens
+from artefacts import EACH_BACKEND, served_folder, served_model
 
 from model.baked import bake
-from model.bundle import open_bundle
+from model.bundle import Bundle
 from model.network import AllAttentionLM
 from model.scoring import Score
-from model.served import score_document
+from model.served import ServedLM, score_document
 from server.api import create_app
 from server.config import Settings
 from server.engine import Engine
 from server.link import EngineLink
 from server.messages import Generate, Sampling
 from server.messages import Score as ScoreRequest
+from server.opening import open_model
 from server.runner import ModelRunner
 from training.evaluate import evaluate
 
@@ -41,6 +42,16 @@ def kind(request) -> str:
 @pytest.fixture(scope="module")
 def network(kind) -> AllAttentionLM:
     return build_network(kind)
+
+
+@pytest.fixture(scope="module", params=EACH_BACKEND)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind, backend) -> ServedLM:
+    return served_model(kind, backend)
 
 
 @pytest.fixture(scope="module")
@@ -153,16 +164,16 @@ def test_training_forward_in_any_block_split(network, text, wanted, sizes):
 
 
 @pytest.mark.parametrize("size", [LENGTH, 128, 37, 1])
-def test_baked_in_chunks(network, text, wanted, size):
-    check(in_chunks(bake(network), text, size), wanted)
+def test_in_chunks(model, text, wanted, size):
+    check(in_chunks(model, text, size), wanted)
 
 
-def test_baked_token_by_token(network, text, wanted):
-    check(token_by_token(bake(network), text), wanted)
+def test_token_by_token(model, text, wanted):
+    check(token_by_token(model, text), wanted)
 
 
-def test_ragged_batch_of_both_kinds_of_step(network, text, wanted):
-    for logits in ragged(bake(network), text):
+def test_ragged_batch_of_both_kinds_of_step(model, text, wanted):
+    for logits in ragged(model, text):
         check(logits, wanted)
 
 
@@ -174,12 +185,12 @@ def greedy_text(wanted_of, prompt, length):
     return tokens[len(prompt) :]
 
 
-def test_engine_generates_the_training_forward_s_greedy_tokens(network, text):
+def test_engine_generates_the_training_forward_s_greedy_tokens(network, model, text):
     def logits(tokens):
         with torch.no_grad():
             return network.logits(network(torch.tensor([tokens]), network.init_cache(1))[0])[0]
 
-    engine = Engine(ModelRunner(bake(network), num_rows=3), chunk_tokens=16, budget_tokens=32)
+    engine = Engine(ModelRunner(model, num_rows=3), chunk_tokens=16, budget_tokens=32)
     prompts = {str(n): text[:n].tolist() for n in (1, 7, 40, 100, 200)}
     greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
     for name, prompt in prompts.items():
@@ -191,9 +202,8 @@ def test_engine_generates_the_training_forward_s_greedy_tokens(network, text):
     assert found == {name: greedy_text(logits, prompt, 12) for name, prompt in prompts.items()}
 
 
-def test_engine_and_document_scores(network, text, wanted):
+def test_engine_and_document_scores(model, text, wanted):
     expected = wanted.log_softmax(-1)[:-1].gather(-1, torch.from_numpy(text[1:, None]))[:, 0].numpy()
-    model = bake(network)
     document = np.concatenate([logprobs for logprobs, _ in score_document(model, text, chunk_tokens=50)])
     assert np.abs(document - expected).max() <= TOLERANCE
     engine = Engine(ModelRunner(model, num_rows=2), chunk_tokens=33, budget_tokens=40)
@@ -205,30 +215,29 @@ def test_engine_and_document_scores(network, text, wanted):
 
 
 @pytest.mark.slow
-def test_score_over_http_equals_evaluate_and_the_oracle(tmp_path: Path, kind, network, text):
-    bundle = open_bundle(write_bundle(tmp_path / "bundle", kind))
+def test_score_over_http_equals_evaluate_and_the_oracle(kind, backend, network, model, text):
+    bundle, settings = open_model(Settings(bundle=served_folder(kind, backend), num_rows=2, num_threads=1))
     whole = np.array(bundle.tokenizer.encode(text_of(kind)))
-    evaluated = evaluate(bake(network), bundle.tokenizer, whole).score
-    reply = asyncio.run(post_score(bundle, text_of(kind)))
+    evaluated = evaluate(model, bundle.tokenizer, whole).score
+    texts = [text_of(kind), bundle.tokenizer.decode(text.tolist())]
+    reply, part = asyncio.run(post_score(settings, bundle, texts))
     assert reply["num_tokens"] == evaluated.num_tokens == len(whole) - 1
     for figure in ("logprob", "perplexity", "word_perplexity", "bits_per_token", "bits_per_byte", "bits_per_char"):
         assert reply[figure] == pytest.approx(getattr(evaluated, figure), rel=1e-6), figure
     logits = training_logits(network, text, [LENGTH])
     logprobs = logits.log_softmax(-1)[:-1].gather(-1, torch.from_numpy(text[1:, None]))[:, 0]
     by_training = Score.of(bundle.tokenizer, text[1:].tolist(), logprobs.tolist())
-    part = asyncio.run(post_score(bundle, bundle.tokenizer.decode(text.tolist())))
     assert part["bits_per_byte"] == pytest.approx(by_training.bits_per_byte, rel=1e-5)
 
 
-async def post_score(bundle, text: str) -> dict:
-    """The reply of a real engine process behind the real HTTP side."""
-    settings = Settings(bundle=bundle.path, num_rows=2, num_threads=1)
+async def post_score(settings: Settings, bundle: Bundle, texts: list[str]) -> list[dict]:
+    """The replies of a real engine process behind the real HTTP side."""
     link = EngineLink(settings)
     await link.start()
     try:
         transport = httpx.ASGITransport(create_app(settings=settings, bundle=bundle, link=link))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            response = await client.post("/score", content=json.dumps({"inputs": text}))
+            response = await client.post("/score", content=json.dumps({"inputs": texts}))
             assert response.status_code == 200, response.text
             return response.json()
     finally:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agreement_bundle import ADAPTIVE, build_network, text_tokens, tokenizer_of, write_bundle
+from agreement_bundle import ADAPTIVE, build_network, text_tokens, tokenizer_of
+from artefacts import EACH_BACKEND, served_folder
 from torch import Tensor, nn
 
 from model import sampling
@@ -194,8 +195,10 @@ def test_the_bits_of_a_word_depend_on_no_other_word_in_the_batch() -> None:
         assert torch.equal(adaptive.embed(others)[3], vectors[3])
 
 
-def test_a_bundle_of_words_is_served(tmp_path: Path) -> None:
-    runner = ModelRunner.load(write_bundle(tmp_path / "bundle", "words"), num_rows=2, device="cpu")
+@pytest.mark.parametrize("backend", EACH_BACKEND)
+def test_a_model_of_words_is_served(backend) -> None:
+    runner = ModelRunner.load(served_folder("words", backend), num_rows=2, device="cpu", num_threads=1)
+    assert runner.backend == backend
     engine = Engine(runner, chunk_tokens=16, budget_tokens=32)
     prompt = text_tokens(40, "words").astype("<i4").tobytes()
     engine.submit(Generate("a", prompt, Sampling(temperature=1.0, top_p=0.9, num_top=3, seed=1), 12))

@@ -1,21 +1,27 @@
-"""Snapshots of a row: what is restored goes on, bit for bit, as the original does."""
+"""Snapshots of a row, on every backend: what is restored goes on, bit for bit, as the original does."""
 
 import pytest
 import torch
-from agreement_bundle import build_network, text_tokens
+from agreement_bundle import text_tokens
+from artefacts import EACH_BACKEND, served_model
 
-from model.baked import BakedLM, bake
 from model.cache import RingCache
+from model.served import ServedLM
 
 LENGTHS = (0, 1, 40, 200)  # fresh, hardly begun, between two ring sizes, and beyond the longest ring of 160
 
 
+@pytest.fixture(scope="module", params=EACH_BACKEND)
+def backend(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module", params=("masked", "zero"))
-def model(request) -> BakedLM:
-    return bake(build_network(request.param))
+def model(request, backend) -> ServedLM:
+    return served_model(request.param, backend)
 
 
-def filled(model: BakedLM, length: int, *, row: int) -> RingCache:
+def filled(model: ServedLM, length: int, *, row: int) -> RingCache:
     """A cache of four rows, of which one has read the text's first tokens and the others something else."""
     cache = model.allocate(4)
     for other in range(4):
@@ -27,7 +33,7 @@ def filled(model: BakedLM, length: int, *, row: int) -> RingCache:
     return cache
 
 
-def go_on(model: BakedLM, cache: RingCache, row: int) -> list[torch.Tensor]:
+def go_on(model: ServedLM, cache: RingCache, row: int) -> list[torch.Tensor]:
     """What comes out of some more tokens of one row, in both kinds of step."""
     found = []
     for tokens in text_tokens(80).reshape(2, 40):

@@ -1,20 +1,40 @@
-"""The share of attention that falls on persistent vectors, against the equations, one probability at a time."""
+"""The share of attention that falls on persistent vectors, against the equations, one probability at a time.
+
+On every backend.
+"""
 
 import numpy as np
 import oracle
 import pytest
 import torch
 from agreement_bundle import build_network, text_tokens
+from artefacts import EACH_BACKEND, served_model
 
-from model.baked import BakedLM, bake
+from model.baked import bake
+from model.served import ServedLM
 
 LENGTH = 190  # beyond the longest ring of 160
 CHECKED = (0, 1, 7, 8, 9, 63, 100, 159, 160, 161, LENGTH - 1)  # positions; the loops are slow
 
 
 @pytest.fixture(scope="module", params=("masked", "zero"))
-def network(request):
-    return build_network(request.param)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def network(kind):
+    return build_network(kind)
+
+
+@pytest.fixture(scope="module", params=EACH_BACKEND)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind, backend) -> ServedLM:
+    return served_model(kind, backend)
 
 
 def slow_share(layer, hidden, position, t, config) -> float:
@@ -71,7 +91,7 @@ def wanted(network) -> np.ndarray:
     return np.array(columns).T
 
 
-def shares_in_chunks(model: BakedLM, size: int) -> np.ndarray:
+def shares_in_chunks(model: ServedLM, size: int) -> np.ndarray:
     cache = model.allocate(2)
     parts = []
     for chunk in torch.from_numpy(text_tokens(LENGTH)).split(size):
@@ -82,20 +102,19 @@ def shares_in_chunks(model: BakedLM, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [LENGTH, 64, 7])
-def test_the_share_equals_the_equations_in_any_chunks(network, wanted, size):
-    found = shares_in_chunks(bake(network), size)
+def test_the_share_equals_the_equations_in_any_chunks(network, model, wanted, size):
+    found = shares_in_chunks(model, size)
     assert found.shape == (LENGTH, network.config.num_layers)
     assert np.abs(found[list(CHECKED)] - wanted).max() < 1e-5
     assert wanted[5:].std(0).min() > 1e-3  # it does tell positions apart
 
 
-def test_the_first_token_of_a_fresh_stream_attends_to_nothing_else(network):
+def test_the_first_token_of_a_fresh_stream_attends_to_nothing_else(network, model):
     if network.config.empty_slots == "masked":
-        assert np.allclose(shares_in_chunks(bake(network), 5)[0], 1.0, atol=1e-6)
+        assert np.allclose(shares_in_chunks(model, 5)[0], 1.0, atol=1e-6)
 
 
-def test_rows_of_different_lengths_have_the_shares_they_have_alone(network):
-    model = bake(network)
+def test_rows_of_different_lengths_have_the_shares_they_have_alone(model):
     text = torch.from_numpy(text_tokens(LENGTH))
     alone = shares_in_chunks(model, LENGTH)
     cache = model.allocate(2)
@@ -107,8 +126,7 @@ def test_rows_of_different_lengths_have_the_shares_they_have_alone(network):
     assert np.abs(shares[1].numpy() - alone[:50]).max() < 1e-5
 
 
-def test_asking_for_the_share_changes_nothing_else(network):
-    model = bake(network)
+def test_asking_for_the_share_changes_nothing_else(model):
     text = torch.from_numpy(text_tokens(LENGTH))[None]
     hidden, new = model.extend(text, model.allocate(1), [0])
     same, also, _ = model.extend_with_memory_share(text, model.allocate(1), [0])

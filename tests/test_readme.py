@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from artefacts import BACKENDS, shipped_folder
 
 from training.corpus import SHAKESPEARE
 
@@ -19,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 CURLS = [line for line in COMMANDS if line.startswith("curl ")]
-IN_THE_VENV = [line for line in COMMANDS if line.startswith(".venv/bin/")]
+EXPORTS = [line for line in COMMANDS if "-m export.run" in line]
+IN_THE_VENV = [line for line in COMMANDS if line.startswith(".venv/bin/") and line not in EXPORTS]
 BY_CI = ["make test"]
 BY_THE_FIXTURE = ["make serve"]
 BY_ITS_TWIN = ["make train"]  # the quickstart, which test_the_quickstart_trains shortens
@@ -28,7 +30,13 @@ BY_ITS_TWIN = ["make train"]  # the quickstart, which test_the_quickstart_trains
 def test_every_command_is_run_somewhere():
     assert CURLS
     assert IN_THE_VENV
-    assert sorted(COMMANDS) == sorted(CURLS + IN_THE_VENV + BY_CI + BY_THE_FIXTURE + BY_ITS_TWIN)
+    assert sorted(COMMANDS) == sorted(CURLS + IN_THE_VENV + EXPORTS + BY_CI + BY_THE_FIXTURE + BY_ITS_TWIN)
+
+
+def test_what_is_exported_is_what_is_served_here():
+    """The fixture `port` serves the very artefact, but for the text that it was verified with."""
+    assert EXPORTS == [".venv/bin/python -m export.run bundles/default bundles/default-onnx --format onnx"]
+    assert "onnx" in BACKENDS
 
 
 def test_make_says_what_the_readme_says():
@@ -37,10 +45,10 @@ def test_make_says_what_the_readme_says():
     assert "python -m server --bundle bundles/default --port 8000" in plan
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    """The server as `make serve PORT=0` starts it."""
-    command = [sys.executable, "-m", "server", "--bundle", "bundles/default", "--port", "0"]
+@pytest.fixture(scope="module", params=BACKENDS)
+def port(request) -> Iterator[int]:
+    """The server as `make serve PORT=0` starts it, with what ships on each backend."""
+    command = [sys.executable, "-m", "server", "--bundle", str(shipped_folder(request.param)), "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         banner = ""

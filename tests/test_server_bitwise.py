@@ -1,21 +1,20 @@
-"""Over HTTP and the model that ships: who else is in the batch changes no bit of an answer (CPU, float32)."""
+"""Over HTTP: who else is in the batch changes no bit of an answer (CPU).
+
+The model that ships on each backend in float32, and a small one with weights of 8 bits.
+"""
 
 import json
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from artefacts import BACKENDS, artefact_of, shipped_folder
+from live_server import live_server
 
 from training.corpus import SHAKESPEARE
 
-ROOT = Path(__file__).parents[1]
 NUM_ROWS = 8
 TEXT = SHAKESPEARE.read_text()
 ASKED = {
@@ -35,18 +34,11 @@ ASKED = {
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[httpx.Client]:
-    command = [sys.executable, "-m", "server", "--port", "0", "--num-rows", str(NUM_ROWS), "--device", "cpu"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        found = None
-        while not found:
-            found = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
-        with httpx.Client(base_url=found[0], timeout=300) as client:
-            yield client
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 0
+@pytest.fixture(scope="module", params=[*BACKENDS, "onnx-int8"])
+def client(request) -> Iterator[httpx.Client]:
+    served = artefact_of("masked", "onnx-int8") if request.param == "onnx-int8" else shipped_folder(request.param)
+    with live_server(served, "--num-rows", str(NUM_ROWS)) as url, httpx.Client(base_url=url, timeout=300) as client:
+        yield client
 
 
 def figures(reply: dict[str, Any]) -> dict[str, Any]:

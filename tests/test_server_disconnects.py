@@ -1,4 +1,4 @@
-"""Clients of a real server that leave at any moment: afterwards no row is used and nobody waits."""
+"""Clients of a real server, on each backend, that leave at any moment: afterwards no row is used, nobody waits."""
 
 import asyncio
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from artefacts import BACKENDS, shipped_folder
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -46,8 +47,10 @@ async def leave_early(port: int, rng: random.Random, number: int) -> None:
     writer.close()
 
 
-async def test_200_random_disconnects_leave_no_row_used():
-    command = [sys.executable, "-m", "server", "--port", "0", "--num-rows", "4", "--max-waiting", "1000"]
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_200_random_disconnects_leave_no_row_used(backend):
+    command = [sys.executable, "-m", "server", "--bundle", str(shipped_folder(backend)), "--port", "0"]
+    command += ["--num-rows", "4", "--max-waiting", "1000"]
     server = await asyncio.create_subprocess_exec(
         *command, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
     )

@@ -238,6 +238,19 @@ def test_live_work_survives_a_signal_to_all_processes():
         assert server.ends(within_s=5) == 0
 
 
+def test_a_signal_to_the_engine_means_the_server():
+    with server_process() as server:
+        server.wait_for("ready")
+        with server.generating([1, 2], max_new_tokens=3000) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(server.engines[0], signal.SIGTERM)
+            server.wait_for("draining")
+            last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["details"]["finish_reason"] == "length"
+        assert server.ends(within_s=5) == 0
+
+
 def test_an_engine_that_hangs_does_not_hold_up_the_shutdown():
     with server_process("--heartbeat-timeout-s", "60", "--shutdown-timeout-s", "0.3") as server:
         server.wait_for("ready")
