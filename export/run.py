@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from export.graph import OPSET, Signature, Steps, signatures
-from export.verify import NUM_BYTES, TEXT, Verified, load_reference, verify
+from export.verify import NUM_BYTES, TEXT, Verified, load_reference, positive, verify
 from model.artefact import ArtefactError, GraphFacts, GraphName, Kind, check_replaceable, open_artefact, write_manifest
 from model.baked import BakedLM
 from model.bundle import DESCRIPTION, Bundle, BundleError, open_bundle
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
             text=asked.text,
             num_bytes=asked.num_bytes,
         )
-    except BundleError as error:
+    except (BundleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), default="cpu", help="where to make and verify it; default: %(default)s"
     )
     parser.add_argument("--text", type=Path, default=TEXT, help="UTF-8 file that both score; default: %(default)s")
-    parser.add_argument("--num-bytes", type=int, default=NUM_BYTES, help="how much of it; default: %(default)s")
+    parser.add_argument("--num-bytes", type=positive, default=NUM_BYTES, help="how much of it; default: %(default)s")
     return parser
 
 

@@ -6,6 +6,8 @@ The reference is the bundle's baked model in float32, on the CPU. `export.run` d
 """
 
 import argparse
+import codecs
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +64,7 @@ class Replay:
 
     def __init__(self, reference: BakedLM, exported: ExportedLM, text: np.ndarray, *, seed: int = 0) -> None:
         """text: [n] int64, which the rows read from random places, round and round."""
+        self._exported = exported
         self._models: tuple[ServedLM, ServedLM] = (reference, exported)
         self._caches = tuple(model.allocate(NUM_ROWS) for model in self._models)
         self._text = text
@@ -113,20 +116,20 @@ class Replay:
         for line, row, count in zip(tokens, rows, counts, strict=True):
             line[:count] = self._read(row, count)
         real = torch.from_numpy(np.arange(max(counts)) < np.array(counts)[:, None])  # [B, T]
+        ends = torch.tensor(counts).cumsum(0) - 1  # places of the rows' last tokens among the real ones
+        last = self._exported.last_logits(
+            torch.from_numpy(tokens).to(self._exported.device), self._caches[1], rows, counts
+        )
         found = []
         for model, cache in zip(self._models, self._caches, strict=True):
             fed = torch.from_numpy(tokens).to(model.device)
             hidden, new, share = model.extend_with_memory_share(fed, cache, rows)
             cache.commit(rows, new, counts)
-            found.append(
-                (
-                    model.logits(hidden.cpu()[real].to(model.device)),
-                    [pair.cpu()[real] for pair in new],
-                    share.cpu()[real],
-                )
-            )
+            logits = model.logits(hidden.cpu()[real].to(model.device))
+            found.append((logits, [pair.cpu()[real] for pair in new], share.cpu()[real]))
         (logits, new, share), (ours, our_new, our_share) = found
-        self.logits_difference = max(self.logits_difference, _difference(logits, ours))
+        gaps = _difference(logits, ours), _difference(logits.cpu()[ends], last)
+        self.logits_difference = max(self.logits_difference, *gaps)
         self.memory_share_difference = max(self.memory_share_difference, _difference(share, our_share))
         self._compare_state(new, our_new)
 
@@ -159,7 +162,7 @@ def verify(
     for _ in tqdm(range(NUM_STEPS), desc="replay", unit="step", leave=False, disable=None):
         replay.step()
     bound = BOUNDS[weights]
-    if not replay.logits_difference <= bound:  # which is so for nan too
+    if not replay.logits_difference <= bound:
         raise ArtefactError(
             f"the artefact's logits differ from the bundle's by {replay.logits_difference:.2e}; "
             f"at most {bound:g} is let pass with weights in {weights}"
@@ -200,9 +203,10 @@ def read_text(file: Path, tokenizer: Tokenizer, *, num_bytes: int) -> np.ndarray
     """
     try:
         with file.open("rb") as source:
-            text = source.read(num_bytes).decode(
-                "utf-8", errors="strict" if num_bytes >= file.stat().st_size else "ignore"
-            )
+            raw = source.read(num_bytes)
+        text = codecs.getincrementaldecoder("utf-8")().decode(
+            raw, final=len(raw) < num_bytes
+        )  # may end within a character
         tokens = np.array(tokenizer.encode(text), dtype=np.int64)
     except (OSError, UnicodeDecodeError, TokenizerError) as error:
         raise ArtefactError(f"text {file} cannot be used: {error}; name another with --text") from error
@@ -223,9 +227,16 @@ def _score(model: ServedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label: 
 
 
 def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
-    """The largest; nan where either has one, 0 of nothing."""
-    gap = (left.cpu().float() - right.cpu().float()).abs()
+    """The largest; infinite where either is no number, 0 of nothing."""
+    gap = (left.cpu().float() - right.cpu().float()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     return float(gap.max()) if gap.numel() else 0.0
+
+
+def positive(text: str) -> int:
+    """A number of bytes, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -234,7 +245,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("artefact", type=Path, help="the folder that export.run wrote")
     parser.add_argument("bundle", type=Path, help="the folder that it was made from")
     parser.add_argument("--text", type=Path, default=TEXT, help="UTF-8 file that both score; default: %(default)s")
-    parser.add_argument("--num-bytes", type=int, default=NUM_BYTES, help="how much of it; default: %(default)s")
+    parser.add_argument("--num-bytes", type=positive, default=NUM_BYTES, help="how much of it; default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the artefact")
     asked = parser.parse_args(argv)
     try:

@@ -19,9 +19,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from model.bundle import Bundle, BundleError, open_description
 
@@ -96,6 +96,14 @@ class Manifest(_Part):
     spans: tuple[tuple[int, ...], ...]  # for each layer, the reach of each head in the order of training, in tokens
     files: dict[str, FileFacts]  # all but this one
     verified: dict[str, Any]  # what replay and scoring measured, against the bundle's own model
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if missing := [name for name in GRAPHS if name not in self.graphs]:
+            raise ValueError(f"graphs lacks {', '.join(missing)}")
+        if unlisted := sorted({graph.file for graph in self.graphs.values()} - self.files.keys()):
+            raise ValueError(f"files lacks {', '.join(unlisted)}")
+        return self
 
 
 @dataclass(frozen=True)

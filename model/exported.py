@@ -85,12 +85,23 @@ class ExportedLM:
         self, tokens: Tensor, cache: RingCache, rows: Sequence[int]
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """As `BakedLM.extend_with_memory_share`."""
-        rows = list(rows)
-        lengths = self._to_device(cache.lengths[rows])
-        num_new = torch.full_like(lengths, tokens.shape[1])
-        rings = _flat(cache.some_rows(rows))
-        hidden, _, memory_share, *new = self._graphs.run_extend([tokens.contiguous(), num_new, lengths, *rings])
+        hidden, _, memory_share, *new = self._run_extend(tokens, cache, rows, [tokens.shape[1]] * len(rows))
         return hidden, new, memory_share
+
+    @torch.inference_mode()
+    def last_logits(self, tokens: Tensor, cache: RingCache, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """What `extend` says of the token after the first `counts` of each row's tokens [B, T]: [B, V] fp32.
+
+        The server computes logits where it needs them; others may be content with these.
+        """
+        return self._run_extend(tokens, cache, rows, counts)[1]
+
+    def _run_extend(
+        self, tokens: Tensor, cache: RingCache, rows: Sequence[int], counts: Sequence[int]
+    ) -> Sequence[Tensor]:
+        rows = list(rows)
+        lengths, num_new = self._to_device(cache.lengths[rows]), self._to_device(np.array(counts, dtype=np.int64))
+        return self._graphs.run_extend([tokens.contiguous(), num_new, lengths, *_flat(cache.some_rows(rows))])
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

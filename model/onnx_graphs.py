@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from model.artefact import GRAPHS, MODEL_HASH, Artefact, ArtefactError, GraphFacts, GraphName
+from model.artefact import EXPORT_AGAIN, GRAPHS, MODEL_HASH, Artefact, ArtefactError, GraphFacts, GraphName
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
@@ -138,7 +138,9 @@ def _open_session(file: Path, *, provider: str, num_threads: int) -> ort.Inferen
         session = ort.InferenceSession(file, options, providers=[PROVIDERS[provider]])
     except Exception as error:  # its exceptions have no common base of their own
         why = str(error).strip().splitlines()[0]
-        raise ArtefactError(f"{file} cannot be loaded by onnxruntime {ort.__version__}: {why}") from error
+        raise ArtefactError(
+            f"{file} cannot be loaded by onnxruntime {ort.__version__}: {why}; {EXPORT_AGAIN}"
+        ) from error
     # Where the CUDA provider cannot be loaded, onnxruntime logs it and takes another one.
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise ArtefactError(

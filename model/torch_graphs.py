@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.artefact import GRAPHS, MODEL_HASH, Artefact, ArtefactError
+from model.artefact import EXPORT_AGAIN, GRAPHS, MODEL_HASH, Artefact, ArtefactError
 from model.served import TORCH_INVARIANT_ROWS
 
 
@@ -90,4 +90,5 @@ def _load_packages(artefact: Artefact, _device: torch.device) -> dict[str, Calla
 
 
 def _broken(file: Path, error: Exception) -> ArtefactError:
-    return ArtefactError(f"{file} cannot be loaded by torch {torch.__version__}: {str(error).strip().splitlines()[0]}")
+    why = str(error).strip().splitlines()[0]
+    return ArtefactError(f"{file} cannot be loaded by torch {torch.__version__}: {why}; {EXPORT_AGAIN}")
