@@ -1,5 +1,6 @@
 """What surrounds every request: its id, its line in the log, an answer where there was a bug. Knows no endpoint."""
 
+import asyncio
 import logging
 import re
 import time
@@ -16,7 +17,8 @@ from server.security import Answer, add_security_headers
 
 # W3C Trace Context, version 00: neither trace-id nor parent-id is all zero
 TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-CLIENT_GONE = 499  # nginx's word for it; nobody reads it but the metrics and the log
+CLIENT_GONE = 499  # nginx's word for it; nobody reads it but the metrics, the log and the traces
+STATUS = "status"  # where the state of a request has how it ended, once it has
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,9 @@ class RequestLog:
         exchange = _Exchange(scope, receive=receive, send=send)
         try:
             await self._app(scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:  # a server may tell so, Ray Serve does, that the client has left
+            exchange.is_gone = True
+            raise
         except Exception as bug:
             log.error("a bug", exc_info=bug, extra={"fields": exchange.ids})
             if exchange.status is None:
@@ -66,7 +71,7 @@ class _Exchange:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._is_gone = False
+        self.is_gone = False
         self._started = time.perf_counter()
 
     @property
@@ -77,7 +82,7 @@ class _Exchange:
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self._is_gone |= message["type"] == "http.disconnect"  # all who wait for it stop once the answer is complete
+        self.is_gone |= message["type"] == "http.disconnect"  # all who wait for it stop once the answer is complete
         return message
 
     async def send(self, message: Message) -> None:
@@ -89,7 +94,8 @@ class _Exchange:
         await self._send(message)
 
     def log_end(self) -> None:
-        status = CLIENT_GONE if self._is_gone else 500 if self.status is None else self.status
+        status = CLIENT_GONE if self.is_gone else 500 if self.status is None else self.status
+        self._state[STATUS] = status
         if self._scope["method"] not in ("POST", "DELETE") and status != 401:
             return
         line = {
