@@ -1,4 +1,4 @@
-# make serve | train | test | test-fast | check | bench | soak | docker-check. Each sets up all it needs in .venv;
+# make serve | train | test | test-fast | check | bench | soak | docs | docker-check. Each sets up all it needs in .venv;
 # `PYTHON=python3.12 make serve` picks another interpreter.
 PYTHON ?= python3
 BUNDLE ?= bundles/default
@@ -8,7 +8,7 @@ MINUTES ?= 60
 
 RUN = .venv/bin/python
 
-.PHONY: serve train test test-fast check bench soak docker-check clean
+.PHONY: serve train test test-fast check bench soak docs docker-check clean
 
 serve: .venv
 	@$(RUN) -m server --bundle $(BUNDLE) --port $(PORT)
@@ -38,6 +38,9 @@ soak: .venv
 # needs docker, podman or buildah, and no .venv
 docker-check:
 	deploy/docker-check.sh
+
+docs: .venv
+	@$(RUN) -m server.reference
 
 clean:
 	rm -rf .venv .cache build *.egg-info

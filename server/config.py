@@ -5,6 +5,7 @@ Knows no default of a request; those are in schemas.py.
 
 import argparse
 import json
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -238,7 +239,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     """One flag per setting, all of them texts; `Settings` alone knows types and ranges."""
     parser = _Parser(
-        prog="python -m server",
+        prog=sys.argv[0] if sys.argv[0].startswith("allattn ") else "python -m server",
         description="Serve the model of a bundle over HTTP.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

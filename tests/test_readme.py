@@ -21,8 +21,9 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 CURLS = [line for line in COMMANDS if line.startswith("curl ")]
 EXPORTS = [line for line in COMMANDS if "-m export.run" in line]
-IN_THE_VENV = [line for line in COMMANDS if line.startswith(".venv/bin/") and line not in EXPORTS]
-BY_CI = ["make test"]
+BOOK = [line for line in COMMANDS if line.startswith(".venv/bin/allattn ")]
+IN_THE_VENV = [line for line in COMMANDS if line.startswith(".venv/bin/") and line not in EXPORTS + BOOK]
+BY_CI = ["make test", "make .venv"]
 BY_THE_FIXTURE = ["make serve"]
 BY_ITS_TWIN = ["make train"]  # the quickstart, which test_the_quickstart_trains shortens
 
@@ -30,7 +31,7 @@ BY_ITS_TWIN = ["make train"]  # the quickstart, which test_the_quickstart_trains
 def test_every_command_is_run_somewhere():
     assert CURLS
     assert IN_THE_VENV
-    assert sorted(COMMANDS) == sorted(CURLS + IN_THE_VENV + EXPORTS + BY_CI + BY_THE_FIXTURE + BY_ITS_TWIN)
+    assert sorted(COMMANDS) == sorted(CURLS + IN_THE_VENV + EXPORTS + BOOK + BY_CI + BY_THE_FIXTURE + BY_ITS_TWIN)
 
 
 def test_what_is_exported_is_what_is_served_here():
@@ -137,3 +138,23 @@ def test_training_lines_do_what_they_say_one_after_another(tmp_path):
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "two" in compared
     assert "bits per character" in evaluated
+
+
+@pytest.mark.slow
+def test_a_text_of_ones_own_is_trained_on_and_served(tmp_path):
+    """The lines of the five minutes, with a few steps, on a short text."""
+    (tmp_path / "book.txt").write_text(SHAKESPEARE.read_text()[:60_000])
+    train, generate, serve = (
+        shlex.split(line.replace("bundles/", f"{tmp_path}/").replace("book.txt", f"{tmp_path}/book.txt"))[1:]
+        for line in BOOK
+    )
+    program = [sys.executable, "-m", "allattn"]
+    short = ["--optim.max_steps", "3", "--eval.every_steps", "2", "--eval.tokens", "5000"]
+    subprocess.run([*program, *train, *short], cwd=ROOT, check=True, capture_output=True)
+    said = subprocess.run([*program, *generate], cwd=ROOT, check=True, capture_output=True).stdout
+    assert said
+    with subprocess.Popen([*program, *serve, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert "allattn serves book" in server.stdout.readline()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0

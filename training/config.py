@@ -1,5 +1,6 @@
 """A training run as data: a TOML file, with flags on top, checked at birth and frozen."""
 
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,6 +169,7 @@ def load_config(argv: Sequence[str]) -> RunConfig:
         ConfigError: the file cannot be read, or a key or value in it or among the flags is wrong.
     """
     flags = list(argv)
+    program = sys.argv[0] if sys.argv[0].startswith("allattn ") else "python -m training.run"
     path = QUICKSTART if not flags or flags[0].startswith("-") else Path(flags.pop(0))
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -177,10 +179,7 @@ def load_config(argv: Sequence[str]) -> RunConfig:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     try:
         source = CliSettingsSource[object](
-            RunConfig,
-            cli_parse_args=flags,
-            cli_exit_on_error=False,
-            cli_prog_name="python -m training.run [CONFIG.toml]",
+            RunConfig, cli_parse_args=flags, cli_exit_on_error=False, cli_prog_name=f"{program} [CONFIG.toml]"
         )
         return RunConfig(_cli_settings_source=source, **table)  # type: ignore[call-arg]
     except ValidationError as error:

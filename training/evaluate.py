@@ -204,7 +204,7 @@ def _as_text(facts: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
+        prog=sys.argv[0] if sys.argv[0].startswith("allattn ") else "python -m training.evaluate",
         description="The exact loss of a whole split in one pass: every token after the first, given all before it.",
     )
     parser.add_argument("bundle", type=Path, help="the folder of the model")
