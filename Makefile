@@ -1,4 +1,4 @@
-# make serve | train | test | test-fast | check | bench | soak | docs | docker-check. Each sets up all it needs in .venv;
+# make serve | train | test | test-fast | check | bench | soak | docs | browser | docker-check. Each sets up all it needs in .venv;
 # `PYTHON=python3.12 make serve` picks another interpreter.
 PYTHON ?= python3
 BUNDLE ?= bundles/default
@@ -8,7 +8,7 @@ MINUTES ?= 60
 
 RUN = .venv/bin/python
 
-.PHONY: serve train test test-fast check bench soak docs docker-check clean
+.PHONY: serve train test test-fast check bench soak docs browser docker-check clean
 
 serve: .venv
 	@$(RUN) -m server --bundle $(BUNDLE) --port $(PORT)
@@ -38,6 +38,10 @@ soak: .venv
 # needs docker, podman or buildah, and no .venv
 docker-check:
 	deploy/docker-check.sh
+
+# What the tests of the page at / need; without it they are skipped. As root, on Debian.
+browser:
+	apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium-headless-shell fonts-dejavu-core
 
 docs: .venv
 	@$(RUN) -m server.reference

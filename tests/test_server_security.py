@@ -72,12 +72,24 @@ async def test_without_a_known_key_the_answer_is_401_in_the_form_of_every_error(
     assert not any(part in str(log_lines) for part in (*KEYS, KEYS[0][:-1], "wrong-key"))
 
 
-async def test_all_but_liveness_is_guarded():
+async def test_all_but_liveness_and_the_page_is_guarded():
     async with make_client(make_app(keys=KEYS)) as client:
         for path in OPEN_PATHS:
             assert (await client.get(path)).status_code == 200
             assert (await client.post(path)).status_code == 401
-        for path in ("/", "/page", "/docs", "/openapi.json", "/health", "/health/live/", "/nothing", "//healthz"):
+        for path in ("/", "/playground/app.js"):  # of an application that has no such page
+            assert (await client.get(path)).status_code == 404
+            assert (await client.post(path)).status_code == 401
+        for path in (
+            "/playground",
+            "/page",
+            "/docs",
+            "/openapi.json",
+            "/health",
+            "/health/live/",
+            "/nothing",
+            "http://server//healthz",
+        ):
             assert (await client.get(path)).status_code == 401
 
 

@@ -33,7 +33,7 @@ export class Inspector {
     $("token-figures").hidden = $("inspector-more").hidden = !isScored;
     if (!isScored) return;
     $("token-bits").textContent = bits(-token.logprob);
-    $("token-logprob").textContent = bits(token.logprob).replace("-", "−");
+    $("token-logprob").textContent = `${token.logprob.toFixed(2).replace("-", "−")} nats`;
     $("token-probability").textContent = percent(Math.exp(token.logprob));
     $("token-rank").textContent = token.rank ? (token.rank + 1).toLocaleString("en") : "1 (first)";
     $("token-entropy").textContent = bits(token.entropy);
@@ -59,7 +59,7 @@ function layer(share, index) {
   bar.style.setProperty("--v", share.toFixed(4));
   value.textContent = `${Math.round(100 * share)} %`;
   name.textContent = index;
-  item.ariaLabel = `layer ${index}: ${value.textContent}`;
+  item.title = item.ariaLabel = `layer ${index}: ${value.textContent}`;
   item.append(value, bar, name);
   return item;
 }
