@@ -1,4 +1,4 @@
-# make serve | train | test | test-fast | check | bench | soak | docs | browser | docker-check. Each sets up all it needs in .venv;
+# make serve | train | test | test-fast | check | bench | soak | docs | browser | docker-check | test-ray. Each sets up all it needs in .venv;
 # `PYTHON=python3.12 make serve` picks another interpreter.
 PYTHON ?= python3
 BUNDLE ?= bundles/default
@@ -8,7 +8,7 @@ MINUTES ?= 60
 
 RUN = .venv/bin/python
 
-.PHONY: serve train test test-fast check bench soak docs browser docker-check clean
+.PHONY: serve train test test-fast check bench soak docs browser docker-check test-ray clean
 
 serve: .venv
 	@$(RUN) -m server --bundle $(BUNDLE) --port $(PORT)
@@ -21,6 +21,10 @@ test: .venv check
 
 test-fast: .venv
 	.venv/bin/python -m pytest -q -m "not slow"
+
+# With the extra `ray`; in a network of its own, since Ray opens ports on every interface.
+test-ray: .venv
+	unshare -rn sh -c 'ip link set lo up && exec $(RUN) -m pytest -q tests/test_ray_serve.py'
 
 check: .venv
 	.venv/bin/ruff check .
