@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from export.graph import OPSET, Signature, Steps, signatures
-from export.verify import NUM_BYTES, TEXT, Verified, load_reference, positive, verify
+from export.verify import NUM_BYTES, TEXT, Verified, load_reference, positive, read_text, verify
 from model.artefact import ArtefactError, GraphFacts, GraphName, Kind, check_replaceable, open_artefact, write_manifest
 from model.baked import BakedLM
 from model.bundle import DESCRIPTION, Bundle, BundleError, open_bundle
@@ -83,7 +83,9 @@ def export(
     check_replaceable(target)
     bundle = open_bundle(bundle_path)
     model = load_reference(bundle, dtype=getattr(torch, form.dtype)).to(device)
-    print(f"{bundle_path}: {bundle.config.num_parameters / 1e6:.1f} M parameters, as {format}")
+    read_text(text, bundle.tokenizer, num_bytes=num_bytes)  # what is wrong with it is told before all the work
+    patience = "" if form.kind == "torchscript" else "; graphs of many layers take minutes"
+    print(f"{bundle_path}: {bundle.config.num_parameters / 1e6:.1f} M parameters, as {format}{patience}", flush=True)
     with replacing(target) as fresh:
         for name in DESCRIPTION:
             (fresh / name).write_bytes((bundle.path / name).read_bytes())
@@ -97,8 +99,8 @@ def export(
         verified = verify(bundle, exported, weights=form.weights, text=text, num_bytes=num_bytes)
         manifest = write_manifest(fresh, facts={**facts, "verified": {"text": text.name, **asdict(verified)}})
     print("  " + str(verified).replace("\n", "\n  "))
-    num_bytes = sum(file.num_bytes for file in manifest.files.values())
-    print(f"{out}: {num_bytes / 1e6:.1f} MB; serve it with: python -m server --bundle {out}")
+    size = sum(file.num_bytes for file in manifest.files.values())
+    print(f"{out}: {size / 1e6:.1f} MB; serve it with: python -m server --bundle {out}")
     return verified
 
 

@@ -1,6 +1,6 @@
 """Graphs that ONNX Runtime runs. Rings, inputs and outputs are torch's memory, bound in place: nothing is copied.
 
-The only file of the project that imports onnxruntime, or its twin for GPUs, which is imported under the same name.
+The only file that runs onnxruntime, or its twin for GPUs, which is imported under the same name.
 """
 
 from collections.abc import Sequence
