@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from export.graph import OPSET, Signature, Steps, signatures
-from export.verify import NUM_BYTES, TEXT, Verified, load_reference, positive, read_text, verify
+from export.verify import NUM_BYTES, TEXT, Verified, positive, read_text, verify
 from model.artefact import ArtefactError, GraphFacts, GraphName, Kind, check_replaceable, open_artefact, write_manifest
-from model.baked import BakedLM
+from model.baked import BakedLM, load_baked
 from model.bundle import DESCRIPTION, Bundle, BundleError, open_bundle
 from model.exported import load_exported
 from model.folder import replacing
@@ -82,7 +82,7 @@ def export(
         raise ArtefactError("device = 'cuda', but torch sees no CUDA device; allowed here: cpu")
     check_replaceable(target)
     bundle = open_bundle(bundle_path)
-    model = load_reference(bundle, dtype=getattr(torch, form.dtype)).to(device)
+    model = load_baked(bundle, dtype=getattr(torch, form.dtype), device=device)
     read_text(text, bundle.tokenizer, num_bytes=num_bytes)  # what is wrong with it is told before all the work
     patience = "" if form.kind == "torchscript" else "; graphs of many layers take minutes"
     print(f"{bundle_path}: {bundle.config.num_parameters / 1e6:.1f} M parameters, as {format}{patience}", flush=True)

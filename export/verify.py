@@ -18,10 +18,9 @@ import torch
 from tqdm import tqdm
 
 from model.artefact import ArtefactError, open_artefact
-from model.baked import BakedLM, bake
+from model.baked import BakedLM, load_baked
 from model.bundle import Bundle, BundleError, open_bundle
 from model.exported import ExportedLM, load_exported
-from model.network import AllAttentionLM
 from model.scoring import Score
 from model.served import ServedLM, score_document
 from model.tokenizer import Tokenizer, TokenizerError
@@ -156,7 +155,7 @@ def verify(
         ArtefactError: they differ by more, or give what is no number; or the text cannot be read.
     """
     tokens = read_text(text, bundle.tokenizer, num_bytes=num_bytes)
-    reference = load_reference(bundle)
+    reference = load_baked(bundle)
     replay = Replay(reference, exported, tokens)
     replay.fill(0)
     for _ in tqdm(range(NUM_STEPS), desc="replay", unit="step", leave=False, disable=None):
@@ -186,13 +185,6 @@ def verify(
         bits_per_byte=scores[1].bits_per_byte or 0.0,
         bits_per_byte_of_bundle=scores[0].bits_per_byte or 0.0,
     )
-
-
-def load_reference(bundle: Bundle, *, dtype: torch.dtype = torch.float32) -> BakedLM:
-    """The baked model of a bundle, on the CPU."""
-    network = AllAttentionLM(bundle.config)
-    network.load_state_dict({name: torch.from_numpy(array) for name, array in bundle.tensors().items()})
-    return bake(network, dtype=dtype).eval()
 
 
 def read_text(file: Path, tokenizer: Tokenizer, *, num_bytes: int) -> np.ndarray:

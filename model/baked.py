@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.adaptive import AdaptiveEmbedding, AdaptiveOutput, BakedAdaptive
 from model.attention import Block, banded_attention, decode_attention
+from model.bundle import Bundle
 from model.cache import RingCache
 from model.config import ModelConfig
 from model.layer import PersistentAttention
@@ -290,6 +291,13 @@ def bake(network: AllAttentionLM, *, dtype: torch.dtype = torch.float32) -> Bake
     """Freeze a trained network; masks and scalings are computed in fp32 before anything is rounded to `dtype`."""
     with torch.no_grad():
         return BakedLM(network).to(dtype)
+
+
+def load_baked(bundle: Bundle, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> BakedLM:
+    """The model of a bundle as it is served. Raises BundleError as `Bundle.tensors` does."""
+    network = AllAttentionLM(bundle.config)
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in bundle.tensors().items()})
+    return bake(network, dtype=dtype).to(device).eval()
 
 
 def _twice_farthest_first(by_distance: Tensor) -> Tensor:

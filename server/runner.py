@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from model.artefact import is_artefact, open_artefact
-from model.baked import bake
+from model.baked import load_baked
 from model.bundle import open_bundle
 from model.exported import load_exported
-from model.network import AllAttentionLM
 from model.penalties import History
 from model.sampling import Draws, draw
 from model.served import ServedLM, score_positions
@@ -69,10 +68,7 @@ class ModelRunner:
             raise ValueError("device = 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        bundle = open_bundle(path)
-        network = AllAttentionLM(bundle.config)
-        network.load_state_dict({name: torch.from_numpy(array) for name, array in bundle.tensors().items()})
-        model = bake(network, dtype=DTYPES[dtype]).to(device)
+        model = load_baked(open_bundle(path), dtype=DTYPES[dtype], device=device)
         return cls(model, num_rows=num_rows, batch_invariant=batch_invariant)
 
     @property

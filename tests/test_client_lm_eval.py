@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
 from live_server import ROOT, live_server
 
+from model.baked import load_baked
 from model.bundle import open_bundle
 from training.corpus import SHAKESPEARE
-from training.evaluate import load_model, score_tokens
+from training.evaluate import score_tokens
 
 pytestmark = pytest.mark.slow
 BUNDLE = ROOT / "bundles" / "default"
@@ -126,7 +126,7 @@ def test_rolling_perplexity_is_that_of_score(outcome, url, bos):
 
 def test_rolling_perplexity_is_that_of_training(outcome, bos):
     bundle = open_bundle(BUNDLE)
-    model = load_model(bundle, device=torch.device("cpu"))
+    model = load_baked(bundle)
     documents = [np.array([bos, *bundle.tokenizer.encode(text)]) for text in DOCUMENTS]
     scores = [score_tokens(model, bundle.tokenizer, tokens) for tokens in documents]
     for sample, own in zip(outcome["samples"]["rolling"], scores, strict=True):

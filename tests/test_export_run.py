@@ -200,14 +200,14 @@ def test_what_is_not_there_cannot_be_verified(tmp_path, capsys, missing, text):
 
 def test_an_artefact_that_computes_something_else_fails_with_status_1(tmp_path, capsys, text, monkeypatch):
     """One whose files are all right by their hashes, made of a model that lost its sqrt(N)."""
-    load = run.load_reference
+    load = run.load_baked
 
-    def wrong(bundle, *, dtype):
-        model = load(bundle, dtype=dtype)
+    def wrong(bundle, *, dtype, device):
+        model = load(bundle, dtype=dtype, device=device)
         model.layers[0].persistent_value.div_(6**0.5)
         return model
 
-    monkeypatch.setattr(run, "load_reference", wrong)
+    monkeypatch.setattr(run, "load_baked", wrong)
     monkeypatch.setattr(run, "verify", lambda *_, **__: verify.Verified(*range(8)))
     out = tmp_path / "out"
     assert run.main([str(bundle_of()), str(out), "--format", "torchscript", *text]) == 0

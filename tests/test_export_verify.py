@@ -17,9 +17,9 @@ from torch import Tensor
 
 from export.graph import Steps
 from export.run import export
-from export.verify import BOUNDS, Verified, load_reference, main, read_text, verify
+from export.verify import BOUNDS, Verified, main, read_text, verify
 from model.artefact import ArtefactError, open_artefact
-from model.baked import BakedLM
+from model.baked import BakedLM, load_baked
 from model.bundle import open_bundle
 from model.exported import ExportedLM, load_exported
 from model.torch_graphs import TorchGraphs, load_torch_graphs
@@ -98,13 +98,13 @@ def export_with(tmp_path, monkeypatch) -> Callable[[Callable[[BakedLM], None]], 
     """Export the small bundle as a model that a fault was put into, to where the returned path says."""
 
     def run(fault: Callable[[BakedLM], None], *, format: str = "torchscript") -> Path:
-        def load(bundle, *, dtype):
-            model = load_reference(bundle, dtype=dtype)
+        def load(bundle, *, dtype, device):
+            model = load_baked(bundle, dtype=dtype, device=device)
             fault(model)
             return model
 
         out = tmp_path / "out"
-        monkeypatch.setattr("export.run.load_reference", load)
+        monkeypatch.setattr("export.run.load_baked", load)
         export(bundle_of(), out, format=format, text=text_file())
         return out
 
@@ -256,7 +256,7 @@ def test_the_manifest_holds_what_was_measured():
     )
     bundle = open_bundle(bundle_of())
     tokens = np.array(bundle.tokenizer.encode(text_file().read_text()))
-    expected = evaluate(load_reference(bundle), bundle.tokenizer, tokens).score
+    expected = evaluate(load_baked(bundle), bundle.tokenizer, tokens).score
     assert said["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
     assert said["text_bytes"] == expected.num_bytes == len(text_file().read_bytes()) - 1  # the first one is given
 

@@ -146,10 +146,11 @@ def test_what_cannot_be_evaluated_is_one_clear_line(bundle, tmp_path, capsys):
 MEASURE = """
 import resource, sys
 import numpy as np, torch
-from training.evaluate import load_model, score_tokens
+from model.baked import load_baked
+from training.evaluate import score_tokens
 from model.bundle import open_bundle
 bundle = open_bundle(sys.argv[1])
-model = load_model(bundle, device=torch.device("cpu"))
+model = load_baked(bundle)
 for length in (20_000, int(sys.argv[2])):
     score_tokens(model, bundle.tokenizer, np.resize(np.arange(256, dtype=np.uint8), length))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.baked import BakedLM, bake
-from model.bundle import Bundle, BundleError, open_bundle
-from model.network import AllAttentionLM
+from model.baked import BakedLM, load_baked
+from model.bundle import BundleError, open_bundle
 from model.scoring import Score, Tally
 from model.served import score_document, score_positions
 from model.tokenizer import BytesTokenizer, Tokenizer, encode_corpus
@@ -52,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         device = _device(asked.device)
         bundle = open_bundle(asked.bundle)
         tokens = read_split(asked, bundle.tokenizer)
-        model = load_model(bundle, dtype=DTYPES[asked.dtype], device=device)
+        model = load_baked(bundle, dtype=DTYPES[asked.dtype], device=device)
         begun = time.monotonic()
         score = score_tokens(model, bundle.tokenizer, tokens, label=asked.split)
         seconds = time.monotonic() - begun
@@ -120,13 +119,6 @@ def _score_fresh(model: BakedLM, windows: np.ndarray) -> np.ndarray:
         torch.stack([score_positions(model, hidden[row], batch[row, 1:]).logprobs for row in rows]).cpu().numpy()
     )
     return logprobs
-
-
-def load_model(bundle: Bundle, *, dtype: torch.dtype = torch.float32, device: torch.device) -> BakedLM:
-    """The model of a bundle as it is served."""
-    network = AllAttentionLM(bundle.config)
-    network.load_state_dict({name: torch.from_numpy(array) for name, array in bundle.tensors().items()})
-    return bake(network, dtype=dtype).to(device)
 
 
 def read_split(asked: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
