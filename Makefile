@@ -24,7 +24,7 @@ test-fast: .venv
 
 # With the extra `ray`; in a network of its own, since Ray opens ports on every interface.
 test-ray: .venv
-	unshare -rn sh -c 'ip link set lo up && exec $(RUN) -m pytest -q tests/test_ray_serve.py'
+	unshare -rn sh -c 'ip link set lo up && exec $(RUN) -m pytest -q tests/server/operation/test_ray_serve.py'
 
 check: .venv
 	.venv/bin/ruff check .

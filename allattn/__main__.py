@@ -28,7 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("server", "server", "serve a model over HTTP"),
-    "generate": Command("server.terminal", "server", "continue a text in the terminal, here or by a server"),
+    "generate": Command("allattn.generate", "server", "continue a text in the terminal, here or by a server"),
     "train": Command("training.run", "train", "train a model: from a text to a bundle"),
     "evaluate": Command("training.evaluate", "train", "bits per byte and perplexity of a whole text"),
     "export": Command("export.run", "export", "write a model as TorchScript, ONNX or pt2, and verify it"),

@@ -24,12 +24,12 @@ from benchmarks.load import PAPER, write_paper_bundle
 from model.artefact import is_artefact, open_artefact
 from model.bundle import open_bundle
 from model.config import ModelConfig
+from model.frozen.served import score_document
 from model.scoring import Score
-from model.served import score_document
 from model.tokenizer import Tokenizer
-from server.messages import Sampling
-from server.runner import DTYPES, ModelRunner
-from server.sequence import Chunk, Draw
+from server.engine.runner import DTYPES, ModelRunner
+from server.engine.sequence import Chunk, Draw
+from server.protocol.messages import Sampling
 
 PROMPT = 64
 STEPS = 32  # of one repetition

@@ -260,8 +260,8 @@ async def http_levels(server: Target, prompts: list[list[int]], args: argparse.N
 def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of the engine class alone, by concurrency."""
     from server.config import load_settings
-    from server.engine import Engine
-    from server.runner import ModelRunner
+    from server.engine.engine import Engine
+    from server.engine.runner import ModelRunner
 
     settings = load_settings(["--bundle", str(args.bundle), *flags_of(args.set)], environ={})
     runner = ModelRunner.load(settings.bundle, **settings.model_dump(include=RUNNER_SETTINGS))
@@ -273,7 +273,7 @@ def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[st
 
 def engine_level(engine: Any, prompts: list[list[int]], size: int, *, num_rows: int, args: argparse.Namespace) -> float:
     """Tokens per second of so many sequences at once, each followed by another."""
-    from server.messages import Generate, Sampling
+    from server.protocol.messages import Generate, Sampling
 
     lengths, names = lengths_of(args.output_tokens, num_short=size), iter(range(sys.maxsize))
 

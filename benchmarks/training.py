@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.network import AllAttentionLM
+from model.network.network import AllAttentionLM
 from training.config import RunConfig, load_config
 from training.loop import Run
 

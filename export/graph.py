@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.artefact import GraphFacts, GraphName, TensorFacts
-from model.baked import BakedLM
+from model.frozen.baked import BakedLM
 
 OPSET = 20  # of ONNX
 ROWS, NEW, POSITIONS = "rows", "new", "positions"  # sizes that may differ from call to call

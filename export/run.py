@@ -18,10 +18,10 @@ import torch
 from export.graph import OPSET, Signature, Steps, signatures
 from export.verify import NUM_BYTES, TEXT, Verified, positive, read_text, verify
 from model.artefact import ArtefactError, GraphFacts, GraphName, Kind, check_replaceable, open_artefact, write_manifest
-from model.baked import BakedLM, load_baked
 from model.bundle import DESCRIPTION, Bundle, BundleError, open_bundle
-from model.exported import load_exported
 from model.folder import replacing
+from model.frozen.baked import BakedLM, load_baked
+from model.frozen.exported import load_exported
 
 
 class Format(NamedTuple):

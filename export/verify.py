@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from model.artefact import ArtefactError, open_artefact
-from model.baked import BakedLM, load_baked
 from model.bundle import Bundle, BundleError, open_bundle
-from model.exported import ExportedLM, load_exported
+from model.frozen.baked import BakedLM, load_baked
+from model.frozen.exported import ExportedLM, load_exported
+from model.frozen.served import ServedLM, score_document
 from model.scoring import Score
-from model.served import ServedLM, score_document
 from model.tokenizer import Tokenizer, TokenizerError
 
 TEXT = Path(__file__).parents[1] / "training" / "corpora" / "shakespeare.txt"

@@ -14,15 +14,14 @@ import uvloop
 from fastapi import FastAPI
 
 from model.bundle import Bundle, BundleError
-from server.api import create_app
-from server.config import ConfigError, Settings, describe_settings, load_settings, wants_print_config
-from server.garbage import settle_garbage
-from server.link import EngineLink
-from server.logs import log_to_stderr
-from server.messages import LOAD_MODEL
-from server.opening import open_model
-from server.service import Link
-from server.tracing import Tracing, open_tracing
+from server.app import create_app
+from server.config.settings import ConfigError, Settings, describe_settings, load_settings, wants_print_config
+from server.link.supervisor import EngineLink
+from server.operation.tracing import Tracing, open_tracing
+from server.protocol.messages import LOAD_MODEL
+from server.requests.service import Link
+from server.runtime import log_to_stderr, settle_garbage
+from server.served_model import open_model
 
 POLL_S = 0.05
 LAST_WRITES_S = 2  # for answers that are complete but not yet read by their clients

@@ -16,13 +16,12 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import create_app
+from server.app import create_app
 from server.config import ConfigError, Settings, load_settings
-from server.garbage import settle_garbage
-from server.link import EngineLink
-from server.logs import log_to_stderr
-from server.opening import open_model
-from server.tracing import Tracing, open_tracing
+from server.link.supervisor import EngineLink
+from server.operation.tracing import Tracing, open_tracing
+from server.runtime import log_to_stderr, settle_garbage
+from server.served_model import open_model
 
 NOT_OURS = frozenset({"host", "port"})  # the proxy listens; serve start --http-host, --http-port
 SPARE_REQUESTS = 64  # a replica takes more than it has room for, so that it is the one to refuse them, with 429

@@ -12,10 +12,10 @@ from typing import Any
 from model.bundle import Bundle
 from model.config import ModelConfig
 from model.tokenizer import BytesTokenizer
-from server.api import create_app
+from server.app import create_app
 from server.config import Settings
-from server.link import EngineLink
-from server.security import OPEN_PAGE, OPEN_PATHS
+from server.link.supervisor import EngineLink
+from server.web.auth import OPEN_PAGE, OPEN_PATHS
 
 Schema = Mapping[str, Any]
 

@@ -9,25 +9,25 @@ import json
 
 import httpx
 import numpy as np
-import oracle
 import pytest
 import torch
-from agreement_bundle import KINDS, build_network, text_of, text_tokens
-from artefacts import EACH_BACKEND, served_folder, served_model
 
-from model.baked import bake
 from model.bundle import Bundle
-from model.network import AllAttentionLM
+from model.frozen.baked import bake
+from model.frozen.served import ServedLM, score_document
+from model.network.network import AllAttentionLM
 from model.scoring import Score
-from model.served import ServedLM, score_document
-from server.api import create_app
+from server.app import create_app
 from server.config import Settings
-from server.engine import Engine
-from server.link import EngineLink
-from server.messages import Generate, Sampling
-from server.messages import Score as ScoreRequest
-from server.opening import open_model
-from server.runner import ModelRunner
+from server.engine.engine import Engine
+from server.engine.runner import ModelRunner
+from server.link.supervisor import EngineLink
+from server.protocol.messages import Generate, Sampling
+from server.protocol.messages import Score as ScoreRequest
+from server.served_model import open_model
+from tests import oracle
+from tests.support.agreement_bundle import KINDS, build_network, text_of, text_tokens
+from tests.support.artefacts import EACH_BACKEND, served_folder, served_model
 from training.evaluate import evaluate
 
 LENGTH = 230  # beyond the longest ring of 160, in which every slot has been overwritten

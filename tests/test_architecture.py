@@ -16,24 +16,34 @@ import pytest
 Sources = Mapping[str, str]
 Rule = Callable[[Sources], list[str]]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("model", "training", "export", "server")
 MODEL_MAY_IMPORT = {"torch", "numpy", "safetensors", "tokenizers", "pydantic"}
 TENSOR_LIBRARIES = {"torch", "onnxruntime"}
 HTTP_LIBRARIES = {"fastapi", "starlette", "uvicorn"}
 SERVER_LAYERS = (  # a module knows its own layer and those before it
-    ("server.errors", "server.messages", "server.sequence"),
-    ("server.scheduler",),
-    ("server.engine",),
-    ("server.pipe", "server.stream"),
-    ("server.child", "server.engine_process"),
-    ("server.link",),
-    ("server.api",),
+    ("server.errors", "server.protocol.messages", "server.engine.sequence"),
+    ("server.engine.scheduler",),
+    ("server.engine.engine",),
+    ("server.protocol.frames", "server.link.mailbox"),
+    ("server.link.child", "server.engine.process"),
+    ("server.link.supervisor",),
+    ("server.app",),
     ("server.__main__",),
 )
 SOFTMAX_MAY_APPEAR = {
-    "softmax": {"model/attention.py", "model/tiled.py", "model/sampling.py"},  # over keys; over the vocabulary
-    "log_softmax": {"model/sampling.py", "model/scoring.py", "model/network.py", "model/baked.py", "model/adaptive.py"},
+    "softmax": {
+        "model/attention.py",
+        "model/network/tiled.py",
+        "model/sampling/draw.py",
+    },  # over keys; over the vocabulary
+    "log_softmax": {
+        "model/sampling/draw.py",
+        "model/scoring.py",
+        "model/network/network.py",
+        "model/frozen/baked.py",
+        "model/adaptive.py",
+    },
     "scaled_dot_product_attention": {"model/attention.py"},
 }
 MAX_LINES = 400
@@ -100,7 +110,7 @@ def foreign_imports_of_model(files: Sources) -> list[str]:
         allowed = {"model", *MODEL_MAY_IMPORT, *sys.stdlib_module_names}
         if path == "model/tokenizer.py":
             allowed |= {"tqdm"}
-        if path == "model/onnx_graphs.py":
+        if path == "model/frozen/onnx_graphs.py":
             allowed |= {"onnxruntime"}
         broken += [f"{path} imports {name}" for name in sorted(roots(path, text) - allowed)]
     return broken
@@ -159,7 +169,7 @@ def tensor_imports_in_server(files: Sources) -> list[str]:
 
 def http_imports_of_the_engine(files: Sources) -> list[str]:
     edges = graph(files, "server")
-    below_http = reachable(edges, "server.engine_process") | {"server.engine_process"}
+    below_http = reachable(edges, "server.engine.process") | {"server.engine.process"}
     return [
         f"{path} imports {name}"
         for path, text in inside(files, "server")
@@ -189,34 +199,38 @@ def long_files(files: Sources) -> list[str]:
 LONG = "x = 1\n" * (MAX_LINES + 1)
 RULES: dict[Rule, list[tuple[Sources, str]]] = {  # rule: sources that break it once, and the complaint
     foreign_imports_of_model: [
-        ({"model/network.py": "import requests"}, "model/network.py imports requests"),
-        ({"model/network.py": "def f():\n    import msgspec"}, "model/network.py imports msgspec"),
-        ({"model/network.py": "from tqdm import tqdm"}, "model/network.py imports tqdm"),
-        ({"model/network.py": "import server.errors"}, "model/network.py imports server"),
-        ({"model/exported.py": "import onnxruntime"}, "model/exported.py imports onnxruntime"),
+        ({"model/network/network.py": "import requests"}, "model/network/network.py imports requests"),
+        ({"model/network/network.py": "def f():\n    import msgspec"}, "model/network/network.py imports msgspec"),
+        ({"model/network/network.py": "from tqdm import tqdm"}, "model/network/network.py imports tqdm"),
+        ({"model/network/network.py": "import server.errors"}, "model/network/network.py imports server"),
+        ({"model/frozen/exported.py": "import onnxruntime"}, "model/frozen/exported.py imports onnxruntime"),
     ],
     imports_across_packages: [
         ({"training/run.py": "from server import config"}, "training/run.py imports server"),
         ({"export/graph.py": "def f():\n    from training.run import main"}, "export/graph.py imports training"),
         (
-            {"server/text.py": "import importlib\nimportlib.import_module('export.run')"},
-            "server/text.py imports export",
+            {"server/requests/output_text.py": "import importlib\nimportlib.import_module('export.run')"},
+            "server/requests/output_text.py imports export",
         ),
-        ({"model/cache.py": "import training"}, "model/cache.py imports training"),
+        ({"model/frozen/cache.py": "import training"}, "model/frozen/cache.py imports training"),
     ],
     imports_of_tests_or_benchmarks: [
-        ({"server/engine.py": "from tests import oracle"}, "server/engine.py imports tests"),
+        ({"server/engine/engine.py": "from tests import oracle"}, "server/engine/engine.py imports tests"),
         ({"tests/test_speed.py": "import benchmarks.decode"}, "tests/test_speed.py imports benchmarks"),
         ({"benchmarks/decode.py": "import tests.oracle"}, "benchmarks/decode.py imports tests"),
     ],
     upward_imports_in_server: [
         (
-            {"server/scheduler.py": "from server.engine import Engine", "server/engine.py": ""},
-            "server.scheduler reaches server.engine",
+            {"server/engine/scheduler.py": "from server.engine.engine import Engine", "server/engine/engine.py": ""},
+            "server.engine.scheduler reaches server.engine.engine",
         ),
         (
-            {"server/engine.py": "from . import text", "server/text.py": "import server.api", "server/api.py": ""},
-            "server.engine reaches server.api",
+            {
+                "server/engine/engine.py": "from . import text",
+                "server/requests/output_text.py": "import server.app",
+                "server/app.py": "",
+            },
+            "server.engine.engine reaches server.app",
         ),
     ],
     cycles: [
@@ -229,53 +243,62 @@ RULES: dict[Rule, list[tuple[Sources, str]]] = {  # rule: sources that break it 
         )
     ],
     tensor_imports_in_server: [
-        ({"server/engine.py": "import torch"}, "server/engine.py imports torch"),
-        ({"server/scheduler.py": "def f():\n    import onnxruntime"}, "server/scheduler.py imports onnxruntime"),
+        ({"server/engine/engine.py": "import torch"}, "server/engine/engine.py imports torch"),
+        (
+            {"server/engine/scheduler.py": "def f():\n    import onnxruntime"},
+            "server/engine/scheduler.py imports onnxruntime",
+        ),
         (
             {
-                "server/engine.py": "from model.baked import bake",
-                "model/baked.py": "from model import attention",
+                "server/engine/engine.py": "from model.frozen.baked import bake",
+                "model/frozen/baked.py": "from model import attention",
                 "model/attention.py": "import torch",
             },
-            "server/engine.py imports model.baked",
+            "server/engine/engine.py imports model.frozen.baked",
         ),
     ],
     http_imports_of_the_engine: [
         (
-            {"server/engine_process.py": "import server.engine", "server/engine.py": "from fastapi import Request"},
-            "server/engine.py imports fastapi",
+            {
+                "server/engine/process.py": "import server.engine.engine",
+                "server/engine/engine.py": "from fastapi import Request",
+            },
+            "server/engine/engine.py imports fastapi",
         )
     ],
     misplaced_softmax: [
-        ({"model/network.py": "import torch\ntorch.softmax(x, -1)"}, "model/network.py:2 calls softmax"),
-        ({"model/baked.py": "scores.softmax(-1)"}, "model/baked.py:1 calls softmax"),
-        ({"model/baked.py": "nn.Softmax(-1)"}, "model/baked.py:1 calls softmax"),
-        ({"model/cache.py": "log_softmax(x)"}, "model/cache.py:1 calls log_softmax"),
         (
-            {"model/network.py": "F.scaled_dot_product_attention(q, k, v)"},
-            "model/network.py:1 calls scaled_dot_product_attention",
+            {"model/network/network.py": "import torch\ntorch.softmax(x, -1)"},
+            "model/network/network.py:2 calls softmax",
+        ),
+        ({"model/frozen/baked.py": "scores.softmax(-1)"}, "model/frozen/baked.py:1 calls softmax"),
+        ({"model/frozen/baked.py": "nn.Softmax(-1)"}, "model/frozen/baked.py:1 calls softmax"),
+        ({"model/frozen/cache.py": "log_softmax(x)"}, "model/frozen/cache.py:1 calls log_softmax"),
+        (
+            {"model/network/network.py": "F.scaled_dot_product_attention(q, k, v)"},
+            "model/network/network.py:1 calls scaled_dot_product_attention",
         ),
     ],
-    long_files: [({"server/api.py": LONG}, f"server/api.py has {MAX_LINES + 1} lines")],
+    long_files: [({"server/app.py": LONG}, f"server/app.py has {MAX_LINES + 1} lines")],
 }
 NAMES = [getattr(rule, "__name__", "") for rule in RULES]
 ALLOWED = {  # what no rule complains about
     "model/tokenizer.py": "import json\nimport tokenizers\nfrom tqdm import tqdm\nfrom model.config import ModelConfig",
     "model/config.py": "import pydantic",
     "model/attention.py": "import torch\ntorch.softmax(scores, -1)",
-    "model/onnx_graphs.py": "import onnxruntime",
-    "model/baked.py": "import torch.nn.functional as F\nF.log_softmax(logits, -1)",
+    "model/frozen/onnx_graphs.py": "import onnxruntime",
+    "model/frozen/baked.py": "import torch.nn.functional as F\nF.log_softmax(logits, -1)",
     "training/run.py": "import tqdm\nimport torch\nfrom model import attention\nfrom training.loop import train",
     "training/loop.py": "x = 1\n" * MAX_LINES,
     "server/errors.py": "",
-    "server/scheduler.py": "import server.errors\nfrom model.tokenizer import Tokenizer",
-    "server/runner.py": "import torch\nfrom model.attention import joint_attention",
-    "server/engine.py": "from server.scheduler import plan",
-    "server/engine_process.py": "def main():\n    from server import engine, runner",
-    "server/api.py": "import fastapi\nfrom server import errors",
-    "server/__main__.py": "import uvicorn\nfrom server.api import app",
-    "tests/test_x.py": "import server.api\nimport training.run",
-    "benchmarks/decode.py": "import server.engine\nimport model.baked",
+    "server/engine/scheduler.py": "import server.errors\nfrom model.tokenizer import Tokenizer",
+    "server/engine/runner.py": "import torch\nfrom model.attention import joint_attention",
+    "server/engine/engine.py": "from server.engine.scheduler import plan",
+    "server/engine/process.py": "def main():\n    from server import engine, runner",
+    "server/app.py": "import fastapi\nfrom server import errors",
+    "server/__main__.py": "import uvicorn\nfrom server.app import app",
+    "tests/test_x.py": "import server.app\nimport training.run",
+    "benchmarks/decode.py": "import server.engine.engine\nimport model.frozen.baked",
 }
 
 
@@ -300,8 +323,10 @@ def test_a_rule_accepts_a_tree_that_keeps_it(rule: Rule) -> None:
 
 def test_the_walk_sees_the_imports_that_are_really_there() -> None:
     files = sources()
-    assert {"torch", "model.attention", "model.config"} <= imports("model/layer.py", files["model/layer.py"])
-    assert "model.attention" in graph(files, "model")["model.layer"]
+    assert {"torch", "model.attention", "model.config"} <= imports(
+        "model/network/layer.py", files["model/network/layer.py"]
+    )
+    assert "model.attention" in graph(files, "model")["model.network.layer"]
     for package in PACKAGES:
         seen = [path for path, _ in inside(files, package)]
         assert len(seen) == len(list((ROOT / package).rglob("*.py")))
@@ -309,9 +334,9 @@ def test_the_walk_sees_the_imports_that_are_really_there() -> None:
 
 
 def test_every_module_that_a_rule_names_exists() -> None:
-    if not (ROOT / "server/engine.py").exists():
+    if not (ROOT / "server/engine/engine.py").exists():
         pytest.skip("the engine is not written yet")
-    named = {module for layer in SERVER_LAYERS for module in layer} | {"server.runner"}
+    named = {module for layer in SERVER_LAYERS for module in layer} | {"server.engine.runner"}
     assert named - {module_name(path) for path in sources()} == set()
 
 
@@ -330,9 +355,9 @@ def loaded_tensor_libraries(module: str) -> set[str]:
         "model.tokenizer",
         "model.bundle",
         "model.artefact",
-        "server.messages",
-        "server.scheduler",
-        "server.api",
+        "server.protocol.messages",
+        "server.engine.scheduler",
+        "server.app",
         "server.__main__",
     ],
 )

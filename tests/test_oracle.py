@@ -1,9 +1,10 @@
 """The oracle against cases worked by hand, and its two forms against each other."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
+
+from tests import oracle
 
 
 def hand_layer() -> dict[str, oracle.Array]:

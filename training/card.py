@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model.baked import BakedLM
 from model.bundle import PICTURE_SUFFIX, PLOTS
 from model.config import ModelConfig
+from model.frozen.baked import BakedLM
 from training.evaluate import Evaluation
 from training.loop import Run
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.baked import BakedLM, load_baked
 from model.bundle import BundleError, open_bundle
+from model.frozen.baked import BakedLM, load_baked
+from model.frozen.served import score_document, score_positions
 from model.scoring import Score, Tally
-from model.served import score_document, score_positions
 from model.tokenizer import BytesTokenizer, Tokenizer, encode_corpus
 from training.config import DataConfig
 from training.corpus import CorpusError, load_corpus

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.network import AllAttentionLM, StreamCache
+from model.network.network import AllAttentionLM, StreamCache
 from training.config import RunConfig
 from training.data import Batch, Streams
 from training.devices import Devices, cut_like, whole

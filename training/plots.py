@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from model.baked import BakedLM
+from model.frozen.baked import BakedLM
 
 Line = dict[str, Any]  # of metrics.jsonl: see training.record
 

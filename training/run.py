@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.baked import bake
 from model.bundle import BundleError, save_bundle
-from model.network import AllAttentionLM
+from model.frozen.baked import bake
+from model.network.network import AllAttentionLM
 from training.card import bundle_card, training_facts
 from training.checkpoint import (
     CheckpointError,

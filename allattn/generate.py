@@ -1,0 +1,227 @@
+"""`python -m allattn.generate`, or `allattn generate`: continue a text in the terminal.
+
+The engine runs in this process, with a single row; or a server is asked at its POST /generate. Equal seeds give equal
+texts both ways.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from http.client import HTTPException
+from typing import BinaryIO, NamedTuple
+from urllib.error import HTTPError, URLError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from allattn.generate_flags import Asked, FlagError, in_flags, read_flags
+from model.bundle import BundleError
+from server.config import ConfigError, Settings
+from server.dialects.generate.schema import GenerateRequest, Parameters
+from server.engine.engine import Engine
+from server.errors import InternalError, InvalidField, ServerError
+from server.requests.output_text import OutputText
+from server.requests.plan import make_plans
+from server.requests.prompts import read_prompts
+from server.served_model import open_model
+
+ENOUGH = ("length", "eos_token", "stop_sequence")  # ways to end of a text that is whole
+INTERRUPTED, BROKEN_PIPE = 130, 141  # exit statuses that shells give for SIGINT and SIGPIPE
+_SHOWN = {  # what a terminal would obey stands there as a picture of it
+    code: 0x2400 + code if code < 0x20 else 0xFFFD
+    for code in range(0xA0)
+    if unicodedata.category(chr(code)) == "Cc" and chr(code) not in "\n\t"
+}
+
+
+class AnswerError(Exception):
+    """A server cannot be reached, refuses, breaks off, or is none of this kind."""
+
+
+class _StayHere(HTTPRedirectHandler):
+    """Another place that a server points to gets neither the prompt nor the key."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Take it for an error."""
+
+
+class Piece(NamedTuple):
+    """What one token, or the end, made certain."""
+
+    text: str
+    logprob: float | None  # of the token, nats; None where there is none
+
+
+class Tally:
+    """What can be told of the output at its end."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.logprob_sum = 0.0
+        self._first = self._last = 0.0
+
+    def add(self, piece: Piece) -> None:
+        """Count a piece that has just come."""
+        if piece.logprob is None:
+            return
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self.num_tokens += 1
+        self.logprob_sum += piece.logprob
+
+    def describe(self, parameters: Parameters) -> str:
+        """One line."""
+        drawn = "greedy" if parameters.is_greedy else f"seed {parameters.seed}"
+        parts = [drawn, f"{self.num_tokens} token{'' if self.num_tokens == 1 else 's'}"]
+        if self._last > self._first:
+            parts.append(f"{(self.num_tokens - 1) / (self._last - self._first):.1f} tokens/s")
+        if self.num_tokens:
+            parts.append(f"{-self.logprob_sum / self.num_tokens / math.log(2):.3f} bits per token")
+        return ", ".join(parts)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write a continuation to standard output as it comes; returns the exit status."""
+    try:
+        asked = read_flags(argv)
+        return _write(_pieces(asked), parameters=asked.request.parameters, stats=asked.stats)
+    except KeyboardInterrupt:  # before there was anything to write
+        return INTERRUPTED
+    except InvalidField as error:
+        return _complain(in_flags(error), status=2)
+    except (FlagError, ConfigError) as error:
+        return _complain(str(error), status=2)
+    except (BundleError, ServerError, AnswerError, ValueError) as error:
+        return _complain(str(error), status=1)
+
+
+def _pieces(asked: Asked) -> Iterator[Piece]:
+    if asked.url is None:
+        return generate_here(asked.request, asked.settings)
+    keys = asked.settings.all_api_keys()
+    return generate_there(asked.request, url=asked.url, key=keys[0].get_secret_value() if keys else None)
+
+
+def generate_here(request: GenerateRequest, settings: Settings) -> Iterator[Piece]:
+    """Run the engine in this process.
+
+    Raises:
+        BundleError, ConfigError, InvalidField: the model cannot be opened, or not so, or cannot read the prompt.
+        InternalError: the model failed on the way.
+    """
+    bundle, settings = open_model(settings)
+    tokenizer = bundle.tokenizer
+    prompts = read_prompts(request.inputs, tokenizer=tokenizer)
+    [plan] = make_plans(request.parameters, prompts=prompts, tokenizer=tokenizer, timeout_s=None)
+    engine = _load_engine(settings)
+    text = OutputText(tokenizer, stops=plan.stops, num_free=plan.sampling.min_new_tokens)
+    engine.submit(plan.message(lambda: "terminal"))
+    while engine.has_work and text.matched_stop is None:
+        step = engine.step()
+        for token in step.tokens:
+            is_end = token.token in plan.sampling.end_ids
+            yield Piece("" if is_end else text.add(token.token), token.logprob)
+        if step.ended and (error := step.ended[0].error):
+            raise InternalError(error)
+    yield Piece(text.finish(), None)
+
+
+def _load_engine(settings: Settings) -> Engine:
+    from server.engine.runner import ModelRunner  # torch, which neither --help nor who asks a server shall wait for
+
+    runner = ModelRunner.load(
+        settings.bundle,
+        num_rows=1,
+        dtype=settings.dtype,
+        device=settings.device,
+        provider=settings.provider,
+        num_threads=settings.num_threads,
+        batch_invariant=settings.batch_invariant,
+    )
+    return Engine(
+        runner, chunk_tokens=settings.chunk_tokens, budget_tokens=settings.budget_tokens, prefill_ms=settings.prefill_ms
+    )
+
+
+def generate_there(request: GenerateRequest, *, url: str, key: str | None) -> Iterator[Piece]:
+    """Ask a server. Raises AnswerError."""
+    body = request.model_dump(mode="json", exclude_unset=True)
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    asked = Request(f"{url.rstrip('/')}/generate", json.dumps(body).encode(), headers)
+    num_chars, details, line = 0, None, b""
+    try:
+        with build_opener(_StayHere).open(asked) as answer:
+            for line in answer:
+                if not line.startswith(b"data:"):
+                    continue  # between events, or a ping
+                event = json.loads(line.removeprefix(b"data:"))
+                if "error" in event:
+                    raise AnswerError(f"{url}: {event['error']['message']}")
+                token, whole, details = event["token"], event["generated_text"], event["details"]
+                text = token["text"] if whole is None else whole[num_chars:]
+                num_chars += len(text)
+                yield Piece(text, token["logprob"] if token else None)
+    except HTTPError as error:
+        raise AnswerError(f"{url}: {_reason(error)}") from error
+    except URLError as error:
+        raise AnswerError(f"{url} cannot be reached: {error.reason}") from error
+    except (OSError, HTTPException) as error:
+        raise AnswerError(f"{url} broke off: {error}") from error
+    except (LookupError, TypeError, ValueError) as error:
+        raise AnswerError(f"{url} sent what is no event of this server: {line[:60]!r}") from error
+    if details is None:
+        raise AnswerError(f"{url} broke off")
+    if details["finish_reason"] not in ENOUGH:
+        raise AnswerError(f"{url} ended the text early: {details['finish_reason']}")
+
+
+def _reason(error: HTTPError) -> str:
+    """What a server says of a refusal, or the status where it is not one of ours."""
+    try:
+        message: str = json.loads(error.read())["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        return f"{error.code} {error.reason}"
+    return message
+
+
+def _write(pieces: Iterable[Piece], *, parameters: Parameters, stats: bool) -> int:
+    """Write all pieces to standard output, and the figures to standard error; returns the exit status."""
+    tally, out, is_terminal, text = Tally(), sys.stdout.buffer, sys.stdout.isatty(), ""
+    try:
+        for piece in pieces:
+            tally.add(piece)
+            text = piece.text or text
+            _put(out, printable(piece.text) if is_terminal else piece.text)
+        status = 0
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:  # who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+        return BROKEN_PIPE
+    if is_terminal and not text.endswith("\n"):
+        _put(out, "\n")
+    if stats or sys.stderr.isatty():
+        print(tally.describe(parameters), file=sys.stderr)
+    return status
+
+
+def _put(out: BinaryIO, text: str) -> None:
+    if text:
+        out.write(text.encode(errors="replace"))
+        out.flush()
+
+
+def printable(text: str) -> str:
+    """The text for a terminal: control characters, but for line ends and tabs, are shown and not obeyed."""
+    return text.translate(_SHOWN)
+
+
+def _complain(message: str, *, status: int) -> int:
+    print(f"allattn: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

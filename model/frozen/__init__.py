@@ -1,0 +1,1 @@
+"""The trained network frozen for inference: baked, exported, and its rings."""

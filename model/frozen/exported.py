@@ -1,0 +1,155 @@
+"""The model of an artefact with the steps of `BakedLM`: the graphs compute, this hands them the rings.
+
+Sizes: B rows, T new tokens, E width, H heads, h heads of a group, S slots, D head size, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.artefact import Artefact, ArtefactError, Manifest, RingFacts
+from model.config import ModelConfig
+from model.frozen.cache import RingCache
+from model.spans import HeadGroup
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class Graphs(Protocol):
+    """What runs the three graphs of an artefact; see model/artefact.py for what goes in and comes out, in order.
+
+    Inputs and outputs are on one device; the outputs are fresh, nothing will change them.
+    """
+
+    @property
+    def invariant_rows(self) -> int:
+        """See `ServedLM`."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph `decode`; of each number of rows the rings are the same tensors in every call."""
+        ...
+
+    def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph `extend`."""
+        ...
+
+    def run_logits(self, hidden: Tensor) -> Tensor:
+        """The graph `logits`."""
+        ...
+
+
+class ExportedLM:
+    """A `ServedLM` over the graphs of an artefact."""
+
+    def __init__(self, config: ModelConfig, manifest: Manifest, graphs: Graphs) -> None:
+        self.config = config
+        self.spans = [list(layer) for layer in manifest.spans]
+        self.backend = manifest.kind
+        self.weights = manifest.weights
+        self.invariant_rows = graphs.invariant_rows
+        self.device = graphs.device
+        self.dtype = DTYPES[manifest.dtype]
+        self._graphs = graphs
+        self._groups = [list(_groups(layer)) for layer in manifest.rings]
+
+    def allocate(self, num_rows: int) -> RingCache:
+        """Rings for a number of live streams, all fresh."""
+        head_size = self.config.head_size
+        return RingCache(self._groups, num_rows=num_rows, head_size=head_size, dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: RingCache) -> tuple[Tensor, list[Tensor]]:
+        """As `BakedLM.decode`."""
+        lengths = self._to_device(cache.lengths[: len(tokens)])
+        rings = _flat(cache.some_rows(range(len(tokens))))
+        logits, *new = self._graphs.run_decode([tokens.contiguous(), lengths, *rings])
+        return logits, new
+
+    @torch.inference_mode()
+    def extend(self, tokens: Tensor, cache: RingCache, rows: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """As `BakedLM.extend`."""
+        hidden, new, _ = self.extend_with_memory_share(tokens, cache, rows)
+        return hidden, new
+
+    @torch.inference_mode()
+    def extend_with_memory_share(
+        self, tokens: Tensor, cache: RingCache, rows: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """As `BakedLM.extend_with_memory_share`."""
+        hidden, _, memory_share, *new = self._run_extend(tokens, cache, rows, [tokens.shape[1]] * len(rows))
+        return hidden, new, memory_share
+
+    @torch.inference_mode()
+    def last_logits(self, tokens: Tensor, cache: RingCache, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """What `extend` says of the token after the first `counts` of each row's tokens [B, T]: [B, V] fp32.
+
+        The server computes logits where it needs them; others may be content with these.
+        """
+        return self._run_extend(tokens, cache, rows, counts)[1]
+
+    def _run_extend(
+        self, tokens: Tensor, cache: RingCache, rows: Sequence[int], counts: Sequence[int]
+    ) -> Sequence[Tensor]:
+        rows = list(rows)
+        lengths, num_new = self._to_device(cache.lengths[rows]), self._to_device(np.array(counts, dtype=np.int64))
+        return self._graphs.run_extend([tokens.contiguous(), num_new, lengths, *_flat(cache.some_rows(rows))])
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `BakedLM.logits`, [n, E] -> [n, V] fp32."""
+        return self._graphs.run_logits(hidden)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def load_exported(
+    artefact: Artefact, *, device: str = "auto", provider: str = "auto", num_threads: int | None = None
+) -> ExportedLM:
+    """Load the graphs of an artefact.
+
+    Args:
+        device: auto, cpu or cuda; auto takes a GPU where there is one that the artefact can run on.
+        provider: of an ONNX artefact, the execution provider: auto (by device), cpu or cuda.
+        num_threads: CPU threads; None = as many as torch uses.
+
+    Raises:
+        ArtefactError: a graph cannot be loaded, or not where it is asked for.
+    """
+    kind = artefact.manifest.kind
+    if kind == "onnx":
+        try:
+            from model.frozen.onnx_graphs import OnnxGraphs  # an artefact of another kind needs no onnxruntime
+        except ImportError as error:
+            raise ArtefactError(
+                f"{artefact.path} is an ONNX artefact, and onnxruntime cannot be imported ({error}); "
+                "pip install 'allattn[onnx]'"
+            ) from error
+        graphs: Graphs = OnnxGraphs(artefact, device=device, provider=provider, num_threads=num_threads)
+    else:
+        from model.frozen.torch_graphs import load_torch_graphs
+
+        if provider != "auto":
+            raise ArtefactError(f"provider = {provider!r} is for ONNX artefacts; {artefact.path} is {kind}")
+        graphs = load_torch_graphs(artefact, device=device)
+    return ExportedLM(artefact.bundle.config, artefact.manifest, graphs)
+
+
+def _groups(layer: Sequence[RingFacts]) -> Iterator[HeadGroup]:
+    first = 0
+    for group in layer:
+        yield HeadGroup(first, group.num_heads, group.num_slots)
+        first += group.num_heads
+
+
+def _flat(rings: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[Tensor]:
+    return [half for layer in rings for pair in layer for half in pair]

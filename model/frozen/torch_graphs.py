@@ -1,0 +1,94 @@
+"""Graphs that torch itself runs: TorchScript in one file, or a package of compiled code (AOTInductor) a graph."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.artefact import EXPORT_AGAIN, GRAPHS, MODEL_HASH, Artefact, ArtefactError
+from model.frozen.served import TORCH_INVARIANT_ROWS
+
+
+class TorchGraphs:
+    """A function a graph, from tensors to tensors."""
+
+    invariant_rows = TORCH_INVARIANT_ROWS
+
+    def __init__(self, run: Mapping[str, Callable[..., Any]], *, device: torch.device) -> None:
+        self.device = device
+        self._run = run
+
+    def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph `decode`."""
+        outputs: Sequence[Tensor] = self._run["decode"](*inputs)
+        return outputs
+
+    def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph `extend`."""
+        outputs: Sequence[Tensor] = self._run["extend"](*inputs)
+        return outputs
+
+    def run_logits(self, hidden: Tensor) -> Tensor:
+        """The graph `logits`."""
+        outputs = self._run["logits"](hidden)
+        logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
+        return logits
+
+
+def load_torch_graphs(artefact: Artefact, *, device: str) -> TorchGraphs:
+    """Load a TorchScript or a pt2 artefact.
+
+    Args:
+        device: auto, cpu or cuda. The graphs run only on the kind of device that they were made on.
+
+    Raises:
+        ArtefactError: a file is no such graph, is of another model, or cannot run there.
+    """
+    made_on = artefact.manifest.device or "cpu"
+    if device not in ("auto", made_on):
+        raise ArtefactError(
+            f"device = {device!r}, but {artefact.path} was made on {made_on!r}; export with --device {device}"
+        )
+    if made_on == "cuda" and not torch.cuda.is_available():
+        raise ArtefactError(
+            f"{artefact.path} was made on 'cuda', and torch sees no CUDA device; export with --device cpu"
+        )
+    place = torch.device(made_on)
+    load = _load_script if artefact.manifest.kind == "torchscript" else _load_packages
+    return TorchGraphs(load(artefact, place), device=place)
+
+
+def _load_script(artefact: Artefact, device: torch.device) -> dict[str, Callable[..., Any]]:
+    file = artefact.path / artefact.manifest.graphs["decode"].file
+    said = {MODEL_HASH: ""}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript itself
+            module = torch.jit.load(file, map_location=device, _extra_files=said)  # type: ignore[no-untyped-call]
+        run: dict[str, Callable[..., Any]] = {name: getattr(module, name) for name in GRAPHS}
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise _broken(file, error) from error
+    found = said[MODEL_HASH]
+    artefact.check_model(file, found.decode() if isinstance(found, bytes) else found)
+    return run
+
+
+def _load_packages(artefact: Artefact, _device: torch.device) -> dict[str, Callable[..., Any]]:
+    run: dict[str, Callable[..., Any]] = {}
+    for name in GRAPHS:
+        file = artefact.path / artefact.manifest.graphs[name].file
+        try:
+            package = torch._inductor.aoti_load_package(str(file))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise _broken(file, error) from error
+        artefact.check_model(file, package.get_metadata().get(MODEL_HASH, ""))
+        run[name] = package
+    return run
+
+
+def _broken(file: Path, error: Exception) -> ArtefactError:
+    why = str(error).strip().splitlines()[0]
+    return ArtefactError(f"{file} cannot be loaded by torch {torch.__version__}: {why}; {EXPORT_AGAIN}")

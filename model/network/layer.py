@@ -1,0 +1,117 @@
+"""One layer as it is trained: heads with spans and persistent vectors that learn, over cached hidden states.
+
+Sizes: B streams, M tokens of a block, E width, H heads, h heads of a group, D head size, N persistent vectors, L
+maximum span, S slots. Knows no embedding, no loss and no optimizer.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Block, chunked_attention
+from model.config import ModelConfig
+from model.network.tiled import tiled_attention
+from model.spans import group_heads, span_mask
+
+
+class PersistentAttention(nn.Module):
+    """One layer: heads that attend to the past and to their own persistent vectors, then a post-norm residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads, head, pairs = config.width, config.num_heads, config.head_size, config.num_persistent
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.persistent_key = nn.Parameter(torch.randn(heads, pairs, head) / math.sqrt(head))
+        self.persistent_value = nn.Parameter(torch.randn(heads, pairs, head) / math.sqrt(pairs))
+        self.span = nn.Parameter(torch.full((heads,), config.span_init))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        past: Tensor,
+        position: Tensor,
+        *,
+        reaches: Sequence[int],
+        filled: Tensor | None,
+        cache_keys: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Map the layer's inputs [B, M, E] to its outputs [B, M, E], and to what later blocks need of it as their past.
+
+        Heads of like reach are computed together, over no more of the past than they reach.
+
+        Args:
+            past: [B, L, E], inputs of this layer at the L positions before the block; or, with `cache_keys`, the keys
+                and values they had, [B, L, 2 E].
+            position: [D, L], column s for distance L - s.
+            reaches: [H], a distance beyond which neither a head's mask nor its gradient differs from zero.
+            filled: [B], how many of the L positions exist; None if all do.
+        """
+        config = self.config
+        groups, order = group_heads(reaches, max_span=config.max_span)
+        query, key, value = (
+            self._of_heads(one.weight, order) for one in (self.query, self.key, self.value)
+        )  # [H, D, E]
+        fresh = _project(hidden, torch.stack((query / math.sqrt(config.head_size), key, value)))  # [3, H, B, M, D]
+        pairs = torch.stack((key, value))  # [2, H, D, E]
+        persistent = self.persistent_key[order], self.persistent_value[order]
+        mass = span_mask(self.span[order], num_slots=config.max_span, config=config).flip(-1)  # [H, L]
+        outputs = []
+        for group, own in zip(groups, torch.split(fresh, [group.num_heads for group in groups], 1), strict=True):
+            window = slice(config.max_span - group.num_slots, None)
+            before = (
+                self._of_group(past[:, window], order[group.heads])
+                if cache_keys
+                else _project(past[:, window], pairs[:, group.heads])
+            )  # [2, h, B, S, D]
+            newest, *after = own.unbind()  # queries, and keys and values, [h, B, M, D]
+            key, value = (torch.cat(parts, 2) for parts in zip(before.unbind(), after, strict=True))  # [h, B, S + M, D]
+            block = self._persistent_block(*(tensor[group.heads] for tensor in persistent))
+            attend = tiled_attention if hidden.device.type == "cpu" else chunked_attention
+            outputs.append(
+                attend(
+                    newest,
+                    key,
+                    value,
+                    Block(block.key.to(key.dtype), block.value.to(key.dtype)),
+                    position=position[:, window].to(key.dtype),
+                    mass=mass[group.heads, window],
+                    filled=filled,
+                    dropout=config.dropout if self.training else 0.0,
+                )
+            )
+        attended = torch.cat(outputs).permute(1, 2, 0, 3).flatten(2)  # [B, M, E]
+        out = self._of_heads(self.out.weight.mT, order).flatten(0, 1)  # [E, E], a row for each attended number
+        output: Tensor = self.norm(hidden + attended.to(hidden.dtype) @ out)
+        return output, self._joined(fresh[1:].detach(), order) if cache_keys else hidden.detach()
+
+    def _of_group(self, past: Tensor, heads: Sequence[int]) -> Tensor:
+        """Cached keys and values [B, S, 2 E] of some heads, [2, h, B, S, D]."""
+        config = self.config
+        pairs = past.view(*past.shape[:2], 2, config.num_heads, config.head_size)
+        return pairs[:, :, :, list(heads)].permute(2, 3, 0, 1, 4)
+
+    def _joined(self, pairs: Tensor, order: Sequence[int]) -> Tensor:
+        """Keys and values [2, H, B, M, D], heads in `order`, as [B, M, 2 E], heads in their own."""
+        own = sorted(range(len(order)), key=lambda place: order[place])
+        return pairs[:, own].permute(2, 3, 0, 1, 4).flatten(2)
+
+    def _of_heads(self, weight: Tensor, order: Sequence[int]) -> Tensor:
+        """[E, E] -> [H, D, E], the heads in another order."""
+        return weight.view(self.config.num_heads, self.config.head_size, -1)[list(order)]
+
+    def _persistent_block(self, key: Tensor, value: Tensor) -> Block:
+        return Block(key * math.sqrt(self.config.head_size), value * math.sqrt(self.config.num_persistent))
+
+
+def _project(hidden: Tensor, weights: Tensor) -> Tensor:
+    """[B, T, E] and n weights of h heads [n, h, D, E] -> [n, h, B, T, D]."""
+    projected = F.linear(hidden, weights.flatten(0, 2))
+    return projected.view(*hidden.shape[:2], *weights.shape[:3]).permute(2, 3, 0, 1, 4).contiguous()

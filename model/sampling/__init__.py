@@ -1,0 +1,1 @@
+"""From logits to drawn tokens: parameters, penalties, filters, the draw."""

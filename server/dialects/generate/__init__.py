@@ -1,0 +1,1 @@
+"""POST /generate, as text-generation-inference has it."""

@@ -1,0 +1,1 @@
+"""POST /v1/completions and GET /v1/models, as OpenAI has them."""

@@ -1,0 +1,1 @@
+"""The engine process: scheduler, engine and the runner that owns the device."""

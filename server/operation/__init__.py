@@ -1,0 +1,1 @@
+"""For operators: health, tracing, Ray Serve's proxy."""

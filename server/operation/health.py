@@ -1,0 +1,187 @@
+"""GET /health and its probes, and GET /info: what is served, by what, within which limits."""
+
+import math
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Response
+from msgspec import Struct
+
+from server.dialects.generate.schema import MAX_STOP_CHARS, Parameters
+from server.errors import Starting
+from server.protocol.json import encode
+from server.protocol.messages import LinkState, Ready
+from server.requests.service import Service
+from server.runtime import package_version
+from server.web import openapi
+
+LIMITS = (
+    "max_waiting",
+    "max_waiting_tokens",
+    "max_body_bytes",
+    "max_behind",
+    "timeout_s",
+)  # settings that clients meet
+
+
+class EngineHealth(Struct, frozen=True):
+    """Is the engine's loop turning."""
+
+    pid: int | None
+    heartbeat_age_s: float | None
+    last_step_age_s: float | None
+    restarts: int  # since the server started
+
+
+class RowsHealth(Struct, frozen=True):
+    """Lanes of the batch."""
+
+    used: int
+    free: int
+
+
+class QueueHealth(Struct, frozen=True):
+    """What waits for a row."""
+
+    requests: int  # sequences
+    tokens: int  # prompt tokens that are still to be read
+
+
+class ModelHealth(Struct, frozen=True):
+    """Which model."""
+
+    name: str
+    hash: str
+
+
+class HealthReply(Struct, frozen=True):
+    """GET /health."""
+
+    state: LinkState
+    failure: str
+    engine: EngineHealth
+    rows: RowsHealth
+    queue: QueueHealth
+    model: ModelHealth
+
+
+_EXAMPLE = HealthReply(
+    "ready",
+    "",
+    EngineHealth(4242, 0.3, 0.004, 0),
+    RowsHealth(3, 29),
+    QueueHealth(0, 0),
+    ModelHealth("default", "0c6f1d2e"),
+)
+
+
+def health_router(service: Service) -> APIRouter:
+    """The endpoints for operators."""
+    router = APIRouter(tags=["others"])
+
+    @router.get("/health", summary="State in full", responses={200: openapi.ok(HealthReply, example=_EXAMPLE)})
+    async def health() -> Response:
+        return Response(encode(_health(service)), media_type="application/json")
+
+    @router.get("/health/live", summary="This process answers")
+    @router.get("/healthz", include_in_schema=False)
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @router.get("/health/ready", summary="Work is taken", responses=openapi.errors(*openapi.UNAVAILABLE))
+    @router.get("/readyz", include_in_schema=False)
+    async def ready() -> dict[str, str]:
+        if error := service.unavailable():
+            raise error
+        return {"status": "ready"}
+
+    @router.get("/info", summary="The model, the limits and the defaults")
+    async def info() -> dict[str, Any]:
+        return _info(service)
+
+    @router.get("/model/spans", summary="How far each head looks back", responses=openapi.errors(*openapi.UNAVAILABLE))
+    async def spans() -> dict[str, Any]:
+        return _spans(service)
+
+    return router
+
+
+def _health(service: Service) -> HealthReply:
+    link, num_rows = service.link, service.settings.num_rows
+    return HealthReply(
+        state=link.state,
+        failure=link.failure,
+        engine=EngineHealth(
+            pid=link.ready.pid if link.ready else None,
+            heartbeat_age_s=_finite(link.heartbeat_age_s),
+            last_step_age_s=_finite(link.last_step_age_s),
+            restarts=link.restarts,
+        ),
+        rows=RowsHealth(used=link.rows_used, free=num_rows - link.rows_used),
+        queue=QueueHealth(requests=link.num_waiting, tokens=link.tokens_waiting),
+        model=ModelHealth(service.bundle.path.resolve().name, service.bundle.hash),
+    )
+
+
+def _finite(seconds: float) -> float | None:
+    """None before the first heartbeat or step."""
+    return seconds if math.isfinite(seconds) else None
+
+
+def _info(service: Service) -> dict[str, Any]:
+    bundle, ready, settings = service.bundle, service.link.ready, service.settings
+    return {
+        "model": {
+            "name": bundle.path.resolve().name,
+            "hash": bundle.hash,
+            "num_parameters": bundle.config.num_parameters,
+            "config": bundle.config.model_dump(),
+            "tokenizer": {
+                "kind": bundle.tokenizer.kind,
+                "vocab_size": bundle.tokenizer.vocab_size,
+                "eos_id": bundle.tokenizer.eos_id,
+            },
+            "training": bundle.training,
+            "card": bundle.card,
+        },
+        "engine": None if ready is None else _engine_facts(ready),
+        "limits": {
+            "max_inputs": service.admission.max_sequences,
+            "max_stop_chars": MAX_STOP_CHARS,
+            **{name: getattr(settings, name) for name in LIMITS},
+        },
+        "defaults": Parameters().model_dump(),
+        "fingerprint": service.fingerprint,
+        "version": package_version(),
+        "versions": {name: version(name) for name in ("torch", "fastapi", "uvicorn")},
+    }
+
+
+def _engine_facts(ready: Ready) -> dict[str, Any]:
+    return {
+        "backend": ready.backend,
+        "device": ready.device,
+        "dtype": ready.dtype,
+        "weights": ready.weights,
+        "num_rows": ready.num_rows,
+        "state_bytes_per_row": ready.state_bytes_per_row,
+        "state_bytes": ready.num_rows * ready.state_bytes_per_row,
+        "batch_invariant": ready.batch_invariant,
+        "spans": ready.spans,
+    }
+
+
+def _spans(service: Service) -> dict[str, Any]:
+    """How far each head looks back, for a picture."""
+    config, ready = service.bundle.config, service.link.ready
+    if ready is None:
+        raise service.unavailable() or Starting("the model is being loaded")
+    return {
+        "max_span": config.max_span,
+        "span_ramp": config.span_ramp,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "num_persistent": config.num_persistent,
+        "spans": ready.spans,
+        "state_bytes_per_row": ready.state_bytes_per_row,
+    }

@@ -1,0 +1,1 @@
+"""What crosses the boundary between the API process and the engine process."""

@@ -1,0 +1,1 @@
+"""What surrounds every endpoint: body, request log, keys, events, the OpenAPI document, the page."""

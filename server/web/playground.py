@@ -1,0 +1,41 @@
+"""GET / and the files of the playground, a page that knows this server by its API only. Knows no model.
+
+The files are read once. A browser keeps them, and asks by their ETag whether they are still the same.
+"""
+
+import hashlib
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+
+from server.requests.service import Service
+
+FOLDER = Path(__file__).parent / "page"
+INDEX = "index.html"
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+
+def playground_router(_service: Service) -> APIRouter:
+    """The page and what it loads, all of it from here."""
+    router = APIRouter(include_in_schema=False)
+    for path in sorted(FOLDER.iterdir()):
+        if path.suffix in MEDIA_TYPES:
+            _add_file(router, path)
+    return router
+
+
+def _add_file(router: APIRouter, path: Path) -> None:
+    content = path.read_bytes()
+    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+
+    @router.get("/" if path.name == INDEX else f"/playground/{path.name}")
+    async def file(request: Request) -> Response:
+        if etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=MEDIA_TYPES[path.suffix], headers=headers)

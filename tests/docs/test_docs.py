@@ -1,0 +1,188 @@
+"""The pages in docs/ are true: links lead somewhere, commands name what there is, and what can be run is run."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from allattn import generate as terminal
+from allattn.__main__ import BENCH, COMMANDS
+from server import reference
+from server.config import Settings
+from server.config.settings import ENV_PREFIX
+from server.requests.metrics import Metrics
+from tests.support.artefacts import SHIPPED, shipped_folder
+from tests.support.live_server import live_server
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *DOCS]
+LINK = re.compile(r"\]\((?!https?://)([^)\s]+)\)")
+LINES = [
+    line
+    for page in DOCS
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    for line in block.splitlines()
+]
+FOREIGN = ("openssl", "chmod", "docker", "kubectl")
+VENV = ".venv/bin/"
+OWN_FOLDERS = ("configs/", "deploy/", "docs/", "bundles/default")
+PATHS = json.loads((ROOT / "docs" / "openapi.json").read_text())["paths"]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE):
+        found.add(re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_relative_link_leads_somewhere(page):
+    broken = []
+    for link in LINK.findall(page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_links_are_found_and_a_broken_one_would_be_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `b`: c/d\n[one](no.md) [two](#a-b-cd) [three](#e) [four](https://x)")
+    assert LINK.findall(page.read_text()) == ["no.md", "#a-b-cd", "#e"]
+    assert anchors(page) == {"a-b-cd"}
+    assert sum(len(LINK.findall(page.read_text())) for page in DOCS) > 20
+
+
+@pytest.mark.parametrize("name", ["openapi.json", "api.md"])
+def test_the_reference_is_what_the_application_gives(name):
+    """After a change of the API: python -m server.reference."""
+    assert (ROOT / "docs" / name).read_text() == reference.files()[name], f"{reference.COMMAND} writes it anew"
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_names_what_there_is(line, capsys):
+    words = shlex.split(line)
+    for word in words:
+        if word.startswith(OWN_FOLDERS):
+            assert (ROOT / word).exists(), word
+    for variable in re.findall(rf"{ENV_PREFIX}(\w+)", line):
+        assert variable.lower() in Settings.model_fields
+    program, *arguments = words
+    if program == "curl":
+        [url] = [word for word in arguments if word.startswith("http")]
+        assert "/" + url.split("/", 3)[3] in PATHS
+    elif program == "make":
+        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif program not in FOREIGN:
+        assert program.startswith(VENV), program
+        if module := module_of(program.removeprefix(VENV), arguments):
+            check_flags(module, arguments, capsys)
+
+
+def module_of(program: str, arguments: list[str]) -> str | None:
+    """The module that a command of the virtual environment runs; its own arguments are left in `arguments`."""
+    if program == "allattn":
+        command = arguments.pop(0)
+        return f"benchmarks.{arguments.pop(0)}" if command == BENCH else COMMANDS[command].module
+    assert program in ("python", "torchrun")
+    if "-m" not in arguments:
+        assert arguments[0] == "generate.py"  # the snippet, which has a test of its own
+        return None
+    place = arguments.index("-m")
+    module = arguments[place + 1]
+    del arguments[: place + 2]
+    return module
+
+
+def check_flags(module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {word.partition("=")[0] for word in arguments if word.startswith("--")} - {"--help"}
+    for flag in flags:
+        assert re.search(rf"{re.escape(flag)}[\s,]", help_of(module, capsys)), f"{module} has no {flag}"
+
+
+@cache
+def help_of(module: str, capsys: pytest.CaptureFixture[str]) -> str:
+    name = f"{module}.__main__" if module == "server" else module
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--help"])
+    return capsys.readouterr().out
+
+
+def inline_flags() -> Iterator[tuple[str, str]]:
+    for page in DOCS:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for code in re.findall(r"`([^`\n]+)`", text):
+            for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", code):
+                yield page.name, flag
+
+
+def test_every_flag_that_is_spoken_of_exists(capsys):
+    ours = "".join(help_of(command.module, capsys) for command in COMMANDS.values())
+    ours += help_of("training.import_official", capsys)
+    foreign = {"--gpus", "--stop-timeout", "--build-arg", "--adapt-span-ramp", "--section.key"}
+    spoken = set(inline_flags())
+    assert len(spoken) > 20
+    assert [(page, flag) for page, flag in sorted(spoken) if flag not in foreign and f"{flag} " not in ours] == []
+
+
+def test_every_metric_that_is_spoken_of_exists():
+    class Engine:
+        state, restarts, heartbeat_age_s, rows_used, num_waiting, tokens_waiting = "ready", 0, 0.0, 0, 0, 0
+
+    metrics = Metrics(Engine(), num_rows=1)  # type: ignore[arg-type]
+    there = {family.name for family in metrics._registry.collect()}
+    spoken = set(re.findall(r"`(allattn_\w+)`", (ROOT / "docs" / "operations.md").read_text()))
+    assert len(spoken) > 12
+    assert {name.removesuffix("_total") for name in spoken} - there == set()
+
+
+@pytest.mark.parametrize(
+    "word", re.findall(r"`([a-z]\w*/?[\w]*\.py)`", (ROOT / "docs" / "architecture.md").read_text())
+)
+def test_every_file_of_the_architecture_exists(word):
+    assert any((ROOT / folder / word).exists() for folder in ("", "server", "model", "training", "export")), word
+
+
+def test_the_picture_has_both_lights_and_asks_for_nothing():
+    picture = (ROOT / "docs" / "architecture.svg").read_text()
+    assert "prefers-color-scheme: dark" in picture
+    assert re.findall(r"https?://[^\"]+", picture) == ["http://www.w3.org/2000/svg"]
+
+
+@pytest.mark.slow
+def test_every_request_of_the_reference_is_answered():
+    curls = [line for line in LINES if line.startswith("curl") and " -d " in line]
+    assert len(curls) >= 5
+    with live_server(SHIPPED) as url:
+        for line in curls:
+            command = shlex.split(line.replace("http://127.0.0.1:8000", url))
+            done = subprocess.run([*command, "-sS", "--fail-with-body"], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+            assert "error" not in json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_the_snippet_runs_without_this_project(tmp_path, capfd):
+    """It says what the project says, and imports nothing of it."""
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "generate.py").write_text(snippet)
+    folder = shipped_folder("onnx")
+    capfd.readouterr()
+    command = [sys.executable, "generate.py", str(folder), "It was a dark", "40"]
+    alone = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert terminal.main(["It was a dark", "--bundle", str(folder), "--max-new-tokens", "40"]) == 0
+    assert alone == "It was a dark" + capfd.readouterr().out + "\n"
+    imported = set(re.findall(r"^(?:import|from) (\w+)", snippet, flags=re.MULTILINE))
+    assert imported - sys.stdlib_module_names == {"numpy", "onnxruntime", "tokenizers"}

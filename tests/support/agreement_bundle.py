@@ -1,0 +1,74 @@
+"""The small bundles on which every path must agree: uneven spans, several ring sizes a layer, bytes or rare words."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.bundle import save_bundle
+from model.config import ModelConfig
+from model.network.network import AllAttentionLM
+from model.tokenizer import BytesTokenizer, Tokenizer, train_words
+
+KINDS = ("masked", "zero", "words")  # bytes with the two sorts of empty slots; words in clusters, which are masked
+SPANS = ((0.0, 0.05, 0.4, 1.0), (0.1, 0.1, 0.9, 0.0), (1.0, 1.0, 1.0, 1.0))
+TEXT = "Call me Ishmael. Some years ago - never mind how long précisément - " * 5  # beyond every span
+ADAPTIVE: dict[str, Any] = {"embedding": "adaptive", "adaptive_cutoffs": (5, 9), "adaptive_div": 4}
+
+
+@cache
+def text_of(kind: str) -> str:
+    """A text beyond every span; that of words has 20 kinds of them, most of which are rare."""
+    if kind != "words":
+        return TEXT
+    words = [*TEXT.replace("-", "\n").split(" ")[:-1], "so", "it", "was", "and", "is", "not", "over", "yet", "."]
+    ranks = np.random.default_rng(8).zipf(1.4, size=400) % len(words)
+    return " ".join([*words, *(words[rank] for rank in ranks)])
+
+
+@cache
+def tokenizer_of(kind: str) -> Tokenizer:
+    """The tokenizer of a bundle."""
+    return train_words([text_of(kind)], vocab_size=20) if kind == "words" else BytesTokenizer()
+
+
+def build_network(kind: str = "masked") -> AllAttentionLM:
+    """A network whose every part matters, with scores of the order of 1."""
+    config = ModelConfig(
+        vocab_size=20 if kind == "words" else 256,
+        num_layers=len(SPANS),
+        width=32,
+        num_heads=4,
+        num_persistent=6,
+        max_span=160,
+        span_ramp=8,
+        empty_slots="zero" if kind == "zero" else "masked",
+        **(ADAPTIVE if kind == "words" else {}),
+    )
+    torch.manual_seed(11)
+    network = AllAttentionLM(config).eval()
+    with torch.no_grad():
+        for layer, span in zip(network.layers, SPANS, strict=True):
+            layer.span.copy_(torch.tensor(span))
+            layer.norm.weight.normal_(1, 0.2)
+            layer.norm.bias.normal_(0, 0.2)
+        if kind != "words":
+            network.output.weight.normal_(0, 0.4)
+    return network
+
+
+def write_bundle(path: Path, kind: str = "masked") -> Path:
+    """The network as a bundle."""
+    network = build_network(kind)
+    tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    save_bundle(
+        path, config=network.config, tokenizer=tokenizer_of(kind), tensors=tensors, card="# agreement\n", training={}
+    )
+    return path
+
+
+def text_tokens(length: int, kind: str = "masked") -> np.ndarray:
+    """The first tokens of the text, [length] int64."""
+    return np.array(tokenizer_of(kind).encode(text_of(kind))[:length], dtype=np.int64)

@@ -1,0 +1,81 @@
+"""What the tests run on each backend: the small bundles of agreement_bundle and the one that ships, exported once."""
+
+import atexit
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from export.run import export
+from model.artefact import open_artefact
+from model.frozen.baked import bake
+from model.frozen.exported import ExportedLM, load_exported
+from model.frozen.served import ServedLM
+from tests.support.agreement_bundle import build_network, text_of, write_bundle
+
+BACKENDS = ("torch", "torchscript", "onnx")
+EACH_BACKEND = ("torch", "torchscript", pytest.param("onnx", marks=pytest.mark.slow))  # 20 s to write, then quick
+SHIPPED = Path(__file__).parents[2] / "bundles" / "default"
+SHIPPED_BYTES = 3000  # of text that both score; what matters here is that they were exported at all
+
+
+@cache
+def folder() -> Path:
+    """Where they lie; gone when the tests end."""
+    place = tempfile.TemporaryDirectory(prefix="allattn-artefacts-")
+    atexit.register(place.cleanup)
+    return Path(place.name)
+
+
+@cache
+def bundle_of(kind: str = "masked") -> Path:
+    """The bundle."""
+    return write_bundle(folder() / kind, kind)
+
+
+@cache
+def text_file(kind: str = "masked") -> Path:
+    """The text of a bundle as a file."""
+    file = folder() / f"{kind}.txt"
+    file.write_text(text_of(kind))
+    return file
+
+
+def artefact_of(kind: str = "masked", format: str = "onnx") -> Path:
+    """The bundle in a format of `export.run`. Do not change it: copy it first."""
+    return _artefact_of(kind, format)
+
+
+@cache
+def _artefact_of(kind: str, format: str) -> Path:
+    out = folder() / f"{kind}-{format}"
+    export(bundle_of(kind), out, format=format, text=text_file(kind))
+    return out
+
+
+@cache
+def model_of(kind: str = "masked", format: str = "onnx") -> ExportedLM:
+    """The artefact, loaded on the CPU with one thread."""
+    return load_exported(open_artefact(artefact_of(kind, format)), device="cpu", num_threads=1)
+
+
+@cache
+def served_model(kind: str, backend: str) -> ServedLM:
+    """The model as a backend runs it."""
+    return bake(build_network(kind)) if backend == "torch" else model_of(kind, backend)
+
+
+def served_folder(kind: str, backend: str) -> Path:
+    """What the server is told to serve, for a backend or a format of `export.run`."""
+    return bundle_of(kind) if backend == "torch" else artefact_of(kind, backend)
+
+
+@cache
+def shipped_folder(backend: str) -> Path:
+    """The same of the bundle that ships."""
+    if backend == "torch":
+        return SHIPPED
+    out = folder() / f"shipped-{backend}"
+    export(SHIPPED, out, format=backend, num_bytes=SHIPPED_BYTES)
+    return out

@@ -1,0 +1,167 @@
+"""An engine without a model: it answers with a script, so that a test of the HTTP side knows every byte to expect."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+
+from server.link.mailbox import Stream
+from server.protocol.messages import Ended, Extras, Generate, LinkState, Ready, Score, Scores, Step, Timings, Token
+
+TIMINGS = Timings(queue_ms=1.0, prefill_ms=2.0, decode_ms=3.0)
+NUM_LAYERS = 3
+STRETCH = 1000  # scored tokens a message
+
+
+class FakeLink:
+    """Generates `script` over and over, one token a step of `step_s`; scores a token by its id alone.
+
+    A drawn sequence begins its script at its seed. `hang_after` keeps a sequence after so many tokens until it is
+    cancelled or `end_all` is called.
+    """
+
+    def __init__(
+        self, script: list[int], *, step_s: float = 0.0, hang_after: int | None = None, max_behind: int = 4096
+    ) -> None:
+        self.script = script
+        self.step_s = step_s
+        self.hang_after = hang_after
+        self.max_behind = max_behind
+        self.state: LinkState = "ready"
+        self.ready: Ready | None = Ready(
+            pid=1,
+            backend="torch",
+            device="cpu",
+            dtype="float32",
+            weights="float32",
+            num_rows=2,
+            state_bytes_per_row=64,
+            batch_invariant=True,
+            spans=((32, 40),),
+        )
+        self.failure = ""
+        self.asked_to_end = False
+        self.restarts = 0
+        self.heartbeat_age_s = 0.1
+        self.last_step_age_s = 0.1
+        self.num_waiting = 0
+        self.tokens_waiting = 0
+        self.rows_used = 0
+        self.on_step: Callable[[Step], None] | None = None
+        self.submitted: list[Generate | Score] = []
+        self.cancelled: list[str] = []
+        self.num_hanging = 0
+        self._endings: dict[str, asyncio.Future[Ended]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        await asyncio.sleep(self.step_s)
+        self.state = "failed" if self.failure else "ready"
+
+    async def close(self, grace_s: float) -> None:
+        self.state = "draining" if self.state == "ready" else self.state
+        pending = [ending for ending in self._endings.values() if not ending.done()]
+        if pending:
+            await asyncio.wait(pending, timeout=grace_s)
+        self.end_all("shutdown")
+
+    def submit(self, message: Generate | Score) -> list[Stream]:
+        self.submitted.append(message)
+        streams = []
+        for place, name in enumerate(message.ids):
+            self._endings[name] = asyncio.get_running_loop().create_future()
+            said = self._generate(message, place) if isinstance(message, Generate) else self._score(message, place)
+            streams.append(Stream(max_behind=self.max_behind))
+            task = asyncio.create_task(self._play(said, streams[-1]))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return streams
+
+    def cancel(self, sequence: str) -> None:
+        self.cancelled.append(sequence)
+        self._end(sequence, Ended(sequence, "cancelled", TIMINGS))
+
+    def end_all(self, finish_reason: str, *, error: str = "") -> None:
+        for sequence in self._endings:
+            self._end(sequence, Ended(sequence, finish_reason, TIMINGS, error))
+
+    async def _play(self, said: AsyncIterator[Token | Scores | Ended], stream: Stream) -> None:
+        async for message in said:
+            if not stream.put(message) and not isinstance(message, Ended):
+                self.cancel(message.sequence)  # as the link does with one that reads too slowly
+
+    def _end(self, sequence: str, ended: Ended) -> None:
+        if not self._endings[sequence].done():
+            self._endings[sequence].set_result(ended)
+
+    async def _generate(self, message: Generate, place: int) -> AsyncIterator[Token | Scores | Ended]:
+        name, sampling = message.ids[place], message.sampling
+        seed = sampling.seed if place == 0 else message.forks[place - 1][1]
+        first = seed if sampling.temperature else 0
+        ending = self._endings[name]
+        self.rows_used += 1
+        if message.prompt_scores:
+            targets = np.frombuffer(message.tokens, dtype="<i4")[1:]
+            for chunk in _stretches(targets):
+                yield fake_scores(name, chunk, Extras())
+        for i in range(message.max_new_tokens):
+            if i == self.hang_after:
+                self.num_hanging += 1
+                await ending
+            await asyncio.sleep(self.step_s)
+            if ending.done():
+                break
+            token = self.script[(first + i) % len(self.script)]
+            said = Token(name, token, -0.5 - place / 8, _top([token], sampling.num_top)[0])
+            if self.on_step is not None:
+                self.on_step(Step(tokens=(said,), num_decoded=min(i, 1), num_prefilled=int(i == 0), seconds=0.001))
+            yield said
+            if token in sampling.end_ids and i + 1 >= sampling.min_new_tokens:
+                self._end(name, Ended(name, "eos_token", TIMINGS))
+        self._end(name, Ended(name, "length", TIMINGS))
+        self.rows_used -= 1
+        yield ending.result()
+
+    async def _score(self, message: Score, place: int) -> AsyncIterator[Scores | Ended]:
+        name = message.ids[place]
+        ending = self._endings[name]
+        tokens = message.tokens if place == 0 else message.forks[place - 1][1]
+        targets = np.frombuffer(tokens, dtype="<i4")[1 + (message.num_shared if place == 0 else 0) :]
+        for chunk in _stretches(targets):
+            if self.hang_after is not None:
+                await ending
+            await asyncio.sleep(self.step_s)
+            if ending.done():
+                break
+            yield fake_scores(name, chunk, message.extras)
+        self._end(name, Ended(name, "scored", TIMINGS))
+        yield ending.result()
+
+
+def fake_logprobs(tokens: np.ndarray) -> np.ndarray:
+    """What a FakeLink scores tokens with."""
+    return (-(tokens % 7) / 4 - 0.25).astype("<f4")
+
+
+def fake_scores(name: str, tokens: np.ndarray, extras: Extras) -> Scores:
+    """All that a FakeLink says of scored tokens: the extras, too, depend on the token alone."""
+    tops = np.array(_top(tokens.tolist(), extras.num_top)).reshape(len(tokens), extras.num_top, 2)
+    shares = np.stack([(tokens % 5 + layer) / 10 for layer in range(NUM_LAYERS)], 1)
+    return Scores(
+        name,
+        fake_logprobs(tokens).tobytes(),
+        (tokens % 3).astype("<i4").tobytes(),
+        tops[..., 0].astype("<i4").tobytes(),
+        tops[..., 1].astype("<f4").tobytes(),
+        (tokens % 4 / 4).astype("<f4").tobytes() if extras.entropy else b"",
+        shares.astype("<f4").tobytes() if extras.memory_share else b"",
+    )
+
+
+def _top(tokens: list[int], count: int) -> list[tuple[tuple[int, float], ...]]:
+    """The token and those after it, each less probable than the one before."""
+    return [tuple(((token + i) % 256, -0.5 - i) for i in range(count)) for token in tokens]
+
+
+def _stretches(tokens: np.ndarray) -> list[np.ndarray]:
+    return np.split(tokens, range(STRETCH, len(tokens), STRETCH)) if len(tokens) else []

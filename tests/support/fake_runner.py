@@ -1,0 +1,117 @@
+"""A runner without a model: its next token is a hash of the whole history that its row was fed, in order."""
+
+import os
+import time
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+from server.engine.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
+
+VOCABULARY = 251
+NOT_A_NUMBER_TOKEN = 13  # a history that ends with it has no numbers
+RAISE_TOKEN = 14  # reading it raises
+STALL_TOKEN = 15  # reading it takes for ever
+DIE_TOKEN = 16  # reading it ends the process
+OUT_OF_MEMORY_TOKEN = 17  # there is no memory for it
+RAISE_ALL_TOKEN = 18  # reading it breaks the device for good
+
+
+def next_token(history: Sequence[int]) -> int:
+    """What the runner says after a history."""
+    return int.from_bytes(blake2b(bytes(history), digest_size=4).digest(), "big") % 200 + 20
+
+
+class FakeRunner:
+    """Rows hold the tokens they were fed. Device facts are as a ModelRunner's."""
+
+    backend, device, dtype, weights, state_bytes_per_row, spans = "fake", "fake", "float32", "float32", 8, ((1,),)
+
+    def __init__(self, num_rows: int = 4) -> None:
+        self.num_rows = num_rows
+        self.rows: list[list[int] | None] = [None] * num_rows
+        self.calls: list[tuple[str, int]] = []  # kind of work, tokens
+        self.is_broken = False
+
+    @classmethod
+    def load(cls, _path: str, *, num_rows: int, **_options: object) -> "FakeRunner":
+        """The factory that an engine process calls."""
+        return cls(num_rows)
+
+    def warm_up(self, chunk_tokens: int) -> bool:
+        return chunk_tokens > 0
+
+    def check(self) -> None:
+        if self.is_broken:
+            raise RuntimeError("the fake device is broken")
+
+    def reset(self, row: int) -> None:
+        self.rows[row] = []
+
+    def move(self, source: int, target: int) -> None:
+        self.rows[target] = list(self._history(source))
+        self.rows[source] = None
+
+    def snapshot(self, row: int) -> object:
+        return tuple(self._history(row))
+
+    def restore(self, row: int, snapshot: object) -> None:
+        assert isinstance(snapshot, tuple)
+        self.rows[row] = list(snapshot)
+
+    def extend(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+        assert len({chunk.row for chunk in chunks}) == len(chunks)
+        for chunk in chunks:
+            self._look_at(chunk.tokens.tolist())
+        self.calls.append(("extend", sum(len(chunk.tokens) for chunk in chunks)))
+        return [self._read(chunk) for chunk in chunks]
+
+    def decode(self, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]) -> list[Drawn]:
+        self._look_at(tokens)
+        self.calls.append(("decode", max(rows) + 1))
+        results = []
+        for row, token, draw in zip(rows, tokens, draws, strict=True):
+            history = self._history(row)
+            history.append(token)
+            results.append(_draw(history, draw))
+        return results
+
+    def _read(self, chunk: Chunk) -> ChunkResult:
+        history = self._history(chunk.row)
+        targets = [] if chunk.targets is None else chunk.targets.tolist()
+        logprobs, ranks = [], []
+        for i, token in enumerate(chunk.tokens.tolist()):
+            history.append(token)
+            if i < len(targets):
+                ranks.append(int(next_token(history) != targets[i]))
+                logprobs.append(_logprob(history))
+        scores = ChunkScores(np.array(logprobs, np.float32), np.array(ranks)) if targets else None
+        return ChunkResult(tuple(_draw(history, draw) for draw in chunk.draws), scores)
+
+    def _look_at(self, tokens: Sequence[int]) -> None:
+        """Fail before anything has changed, as a runner must."""
+        if DIE_TOKEN in tokens:
+            os._exit(9)
+        if STALL_TOKEN in tokens:
+            time.sleep(3600)
+        if OUT_OF_MEMORY_TOKEN in tokens:
+            raise MemoryError("the fake device has no memory for this")
+        self.is_broken |= RAISE_ALL_TOKEN in tokens
+        if self.is_broken or RAISE_TOKEN in tokens:
+            raise RuntimeError("the fake device has failed")
+
+    def _history(self, row: int) -> list[int]:
+        history = self.rows[row]
+        assert history is not None
+        return history
+
+
+def _draw(history: list[int], draw: Draw) -> Drawn:
+    assert draw.position == len(history)
+    token = next_token([*history, draw.sampling.seed % 200]) if draw.sampling.temperature else next_token(history)
+    return Drawn(token, _logprob(history))
+
+
+def _logprob(history: list[int]) -> float:
+    return float("nan") if history[-1] == NOT_A_NUMBER_TOKEN else -len(history) / 8

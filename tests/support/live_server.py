@@ -1,0 +1,30 @@
+"""A whole server in a process of its own, for clients that other people wrote."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def live_server(bundle: Path, *arguments: str, keys: str = "") -> Iterator[str]:
+    """Serves a bundle; gives the URL. `keys`: those of which a client has to send one, if any."""
+    command = [sys.executable, "-m", "server", "--bundle", str(bundle), "--port", "0", "--device", "cpu", *arguments]
+    environment = {**os.environ, **({"ALLATTN_API_KEYS": keys} if keys else {})}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        try:
+            urls = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in server.stdout)
+            url = next((found[0] for found in urls if found), None)
+            assert url is not None, "the server did not start, its error output says why"
+            yield url
+        finally:
+            server.send_signal(signal.SIGTERM)
+            status = server.wait(timeout=60)
+    assert status == 0

@@ -1,0 +1,55 @@
+"""Fake runners with an oddity, above all in how they start. The bundle is a folder."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from server.engine.sequence import Chunk, ChunkResult
+from tests.support.fake_runner import FakeRunner
+
+SHARES_PER_TOKEN = 1_000_000
+
+
+def refuse(_bundle: str, **_options: object) -> FakeRunner:
+    raise RuntimeError("no such device")
+
+
+def hang(_bundle: str, **_options: object) -> FakeRunner:
+    time.sleep(3600)
+    raise AssertionError
+
+
+def only_once(bundle: str, *, num_rows: int, **_options: object) -> FakeRunner:
+    if _count_starts(bundle) > 1:
+        os._exit(7)
+    return FakeRunner(num_rows)
+
+
+def hang_the_second_time(bundle: str, *, num_rows: int, **_options: object) -> FakeRunner:
+    if _count_starts(bundle) == 2:
+        time.sleep(3600)
+    return FakeRunner(num_rows)
+
+
+def _count_starts(bundle: str) -> int:
+    """This one included."""
+    marks = Path(bundle)
+    (marks / str(os.getpid())).touch()
+    return len(list(marks.iterdir()))
+
+
+class TalkativeRunner(FakeRunner):
+    """Has four megabytes to say about each scored token."""
+
+    def extend(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+        return [self._with_shares(result) for result in super().extend(chunks)]
+
+    def _with_shares(self, result: ChunkResult) -> ChunkResult:
+        if result.scores is None:
+            return result
+        shares = np.ones((len(result.scores.ranks), SHARES_PER_TOKEN), np.float32)
+        return dataclasses.replace(result, scores=dataclasses.replace(result.scores, memory_shares=shares))
