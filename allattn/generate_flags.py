@@ -13,23 +13,22 @@ from typing import Any
 
 from server.config import Settings, load_settings
 from server.dialects.generate.schema import GenerateRequest, Parameters
+from server.dialects.sampling import SamplingFields
 from server.errors import InvalidField
 from server.web.body import parse
 
-NUMBERS = (  # fields of Parameters
-    "max_new_tokens",
-    "min_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "seed",
-)
-SWITCHES = ("do_sample", "ignore_eos")
+ONE_TEXT = ("n", "best_of")  # fields that say how many texts there are: here there is one
+OTHERS = ("max_new_tokens", "min_new_tokens", "do_sample")  # fields beside those of sampling that have flags
+
+
+def _flagged(*types: object) -> tuple[str, ...]:
+    """Names of the parameters of these types that have a flag, those of sampling first."""
+    names = (*(name for name in SamplingFields.model_fields if name not in ONE_TEXT), *OTHERS)
+    return tuple(name for name in names if Parameters.model_fields[name].annotation in types)
+
+
+NUMBERS = _flagged(int, float, int | None, float | None)
+SWITCHES = _flagged(bool, bool | None)
 HERE = ("bundle", "dtype", "device", "provider", "num_threads")  # settings of a model in this process
 KEY_FILE = "api_key_file"  # the one setting of those who ask a server
 METAVARS = {"bundle": "DIR", "num_threads": "N", KEY_FILE: "FILE"}

@@ -273,14 +273,15 @@ def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[st
 
 def engine_level(engine: Any, prompts: list[list[int]], size: int, *, num_rows: int, args: argparse.Namespace) -> float:
     """Tokens per second of so many sequences at once, each followed by another."""
-    from server.protocol.messages import Generate, Sampling
+    from model.sampling.params import SamplingParams
+    from server.protocol.messages import Generate
 
     lengths, names = lengths_of(args.output_tokens, num_short=size), iter(range(sys.maxsize))
 
     def submit() -> None:
         number = next(names)
         tokens = np.array(prompts[number % len(prompts)], "<i4").tobytes()
-        engine.submit(Generate(f"{size}-{number}", tokens, Sampling(seed=0), next(lengths)))
+        engine.submit(Generate(f"{size}-{number}", tokens, SamplingParams(seed=0), next(lengths)))
 
     for _ in range(size):
         submit()

@@ -17,6 +17,7 @@ from server.protocol.messages import (
     LOAD_MODEL,
     AskedToEnd,
     Cancel,
+    EngineFinish,
     EngineOptions,
     FromEngine,
     Generate,
@@ -258,7 +259,7 @@ class EngineLink:
         if self.state == "failed":
             self._settled.set()
 
-    def _end_streams(self, finish_reason: str, *, error: str = "") -> None:
+    def _end_streams(self, finish_reason: EngineFinish, *, error: str = "") -> None:
         streams, self._streams = self._streams, {}
         for name, stream in streams.items():
             stream.put(untimed_ending(name, finish_reason, error=error))
