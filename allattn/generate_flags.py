@@ -12,19 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.config import Settings, load_settings
-from server.dialects.generate.schema import GenerateRequest, Parameters
-from server.dialects.sampling import SamplingFields
+from server.dialects.generate.schema import ONE_TEXT_FIELDS, GenerateRequest, Parameters
 from server.errors import InvalidField
 from server.web.body import parse
 
-ONE_TEXT = ("n", "best_of")  # fields that say how many texts there are: here there is one
-OTHERS = ("max_new_tokens", "min_new_tokens", "do_sample")  # fields beside those of sampling that have flags
-
 
 def _flagged(*types: object) -> tuple[str, ...]:
-    """Names of the parameters of these types that have a flag, those of sampling first."""
-    names = (*(name for name in SamplingFields.model_fields if name not in ONE_TEXT), *OTHERS)
-    return tuple(name for name in names if Parameters.model_fields[name].annotation in types)
+    """Names of the parameters of these types."""
+    return tuple(name for name in ONE_TEXT_FIELDS if Parameters.model_fields[name].annotation in types)
 
 
 NUMBERS = _flagged(int, float, int | None, float | None)

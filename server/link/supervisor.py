@@ -210,7 +210,7 @@ class EngineLink:
         self.rows_used, self.num_waiting, self.tokens_waiting = step.rows_used, step.num_waiting, step.tokens_waiting
         streams = self._streams
         said: Token | Scores
-        for said in step.tokens + step.scores:
+        for said in step.scores + step.tokens:  # a prompt's scores come before its first token
             stream = streams.get(said.sequence)
             if stream is not None and not stream.put(said):
                 self.cancel(said.sequence)

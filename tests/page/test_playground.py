@@ -134,14 +134,23 @@ async def test_what_is_not_part_of_the_page_is_not_there():
 # The API that the page uses
 
 
-def test_every_field_of_the_form_is_a_parameter_and_the_sampling_fields_are_marked():
-    fields = {attrs["name"]: attrs for tag, attrs in TAGS.found if tag == "input" and attrs.get("type") == "number"}
-    assert fields.keys() <= Parameters.model_fields.keys()
-    sampling = {name for name, attrs in fields.items() if "data-sampling" in attrs}
-    assert sampling - {"seed"} <= set(FilterFields.model_fields)
-    assert fields.keys() & set(FilterFields.model_fields) <= sampling, (
-        "else it would ask for sampling where greedy was chosen"
-    )
+async def test_the_form_is_made_of_all_numbers_that_shape_one_text():
+    described = {one["name"]: one for one in (await get("/info")).json()["parameters"]}
+    assert set(FilterFields.model_fields) == {name for name, one in described.items() if one["asks_for_sampling"]}
+    assert {"seed", "max_new_tokens", "repetition_penalty"} <= described.keys() <= Parameters.model_fields.keys()
+    assert described["temperature"]["maximum"] == 2
+    assert described["top_k"] == {
+        "name": "top_k",
+        "description": Parameters.model_fields["top_k"].description,
+        "type": "integer",
+        "default": None,
+        "minimum": 0,
+        "maximum": 2**31 - 1,
+        "asks_for_sampling": True,
+    }
+    ids = [attrs.get("id") for _, attrs in TAGS.found]
+    assert {"parameters", "more-parameters"} <= set(ids)
+    assert not described.keys() & set(ids), "no field is written by hand"
 
 
 def test_what_is_asked_of_score_is_a_valid_request():

@@ -1,11 +1,11 @@
 """What a client may say to POST /generate. Knows no model, so ids are checked later."""
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from server.dialects.inputs import MAX_TOP, Inputs
-from server.dialects.sampling import SamplingFields
+from server.dialects.sampling import FilterFields, SamplingFields
 from server.requests.prompts import is_list_of_inputs, num_inputs
 from server.web.body import ENDS_AS_IT_IS, FieldError, RequestId, TimeoutS
 from server.web.engine_request import EngineRequest
@@ -57,6 +57,35 @@ class Parameters(SamplingFields):
             name = "n" if self.n > 1 else "best_of"
             raise self.fault(name, "greedy sequences would all be equal; do_sample: true makes them differ")
         return self
+
+
+# The fields that shape one text, for a command line or a form that asks for one: all of sampling, and the lengths.
+ONE_TEXT_FIELDS = (
+    *(name for name in SamplingFields.model_fields if name not in ("n", "best_of")),
+    *("max_new_tokens", "min_new_tokens", "do_sample"),
+)
+
+
+def describe_numbers() -> list[dict[str, Any]]:
+    """The numbers among ONE_TEXT_FIELDS with what a form needs to know of them, as JSON."""
+    properties = Parameters.model_json_schema()["properties"]
+    described = []
+    for name in ONE_TEXT_FIELDS:
+        schema = properties[name]
+        kind = next((one for one in schema.get("anyOf", [schema]) if one.get("type") in ("integer", "number")), None)
+        if kind is not None:
+            limits = {"minimum": kind.get("minimum", kind.get("exclusiveMinimum")), "maximum": kind.get("maximum")}
+            described.append(
+                {
+                    "name": name,
+                    "description": schema["description"],
+                    "type": kind["type"],
+                    "default": schema["default"],
+                    **limits,
+                    "asks_for_sampling": name in FilterFields.model_fields,
+                }
+            )
+    return described
 
 
 class GenerateRequest(EngineRequest):
