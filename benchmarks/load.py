@@ -4,10 +4,9 @@
 
 Closed loop: so many clients, each of which asks again as soon as it is answered. Open loop (--rate): requests come at
 random moments, so many a second, however the server fares. Prompts are stretches of real text, sent as token ids; every
-output has the asked length, but the first one of each client is shorter, so that they do not march in step.
-
-A figure is taken over a window that opens once all rows are busy. The engine alone (in a process of its own) and the
-server take turns, --repeats times, and medians count. The last line is JSON.
+output has the asked length, but the first one of each client is shorter, so that they do not march in step. A figure is
+of a window that opens once all rows are busy. The engine alone (in a process of its own) and the server take turns,
+--repeats times, and medians count. The last line is JSON.
 """
 
 import argparse
@@ -23,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -267,8 +267,8 @@ def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[st
     runner = ModelRunner.load(settings.bundle, **settings.model_dump(include=RUNNER_SETTINGS))
     runner.warm_up(settings.chunk_tokens)
     engine = Engine(runner, **settings.model_dump(include=ENGINE_SETTINGS))
-    rows = settings.num_rows
-    return {str(size): engine_level(engine, prompts, size, num_rows=rows, args=args) for size in args.concurrency}
+    level = partial(engine_level, engine, prompts, num_rows=settings.num_rows, args=args)
+    return {str(size): level(size) for size in args.concurrency}
 
 
 def engine_level(engine: Any, prompts: list[list[int]], size: int, *, num_rows: int, args: argparse.Namespace) -> float:

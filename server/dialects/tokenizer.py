@@ -6,7 +6,6 @@ from pydantic import Field
 
 from model.tokenizer import Tokenizer, encode_corpus
 from server.dialects.inputs import TokenId
-from server.dialects.openai.models import check_model
 from server.dialects.special_tokens import SpecialTokens
 from server.errors import BodyTooLarge, InternalError, InvalidField, MalformedRequest, ModelNotFound
 from server.protocol.json import encode
@@ -107,7 +106,7 @@ def _info(tokenizer: Tokenizer, special: SpecialTokens) -> TokenizerInfo:
 
 def _tokenize(raw: bytes, *, service: Service, special: SpecialTokens) -> Response:
     body = parse(raw, model=TokenizeRequest)
-    check_model(body.model, service=service)
+    service.check_model(body.model)
     ids = special.encode(body.prompt) or encode_corpus(service.tokenizer, body.prompt).tolist()
     names = [token_name(service.tokenizer, token) for token in ids] if body.return_token_strs else None
     reply = TokenizeReply(len(ids), service.admission.max_tokens, ids, names)
@@ -116,7 +115,7 @@ def _tokenize(raw: bytes, *, service: Service, special: SpecialTokens) -> Respon
 
 def _detokenize(raw: bytes, *, service: Service) -> Response:
     body = parse(raw, model=DetokenizeRequest)
-    check_model(body.model, service=service)
+    service.check_model(body.model)
     tokens = read_ids(body.tokens, field="tokens", tokenizer=service.tokenizer)
     return Response(encode(DetokenizeReply(service.tokenizer.decode(tokens.tolist()))), media_type="application/json")
 

@@ -11,12 +11,6 @@ from server.requests.service import Service
 from server.web.endpoint import Endpoint, Handler
 
 
-def check_model(name: str | None, *, service: Service) -> None:
-    """Raise ModelNotFound for a name that is not the served model's; None asks for whatever is served."""
-    if name is not None and name != service.model_name:
-        raise ModelNotFound.of(name, name=service.model_name)
-
-
 def _list(service: Service) -> Handler:
     model = _model(service)
 
@@ -30,7 +24,7 @@ def _one(service: Service) -> Handler:
     model = _model(service)
 
     async def one(name: str) -> Response:
-        check_model(name, service=service)
+        service.check_model(name)
         return Response(encode(model), media_type="application/json")
 
     return one

@@ -8,7 +8,6 @@ from typing import Any
 
 from msgspec import UNSET
 
-from server.dialects.openai import models
 from server.dialects.openai.choices import ChoiceEvents, PromptPart, Shape, plain_choice, scored_choice
 from server.dialects.openai.replies import Choice, Completion, Logprobs, Usage
 from server.dialects.openai.schema import CompletionRequest
@@ -213,7 +212,7 @@ class ScoredCompletion(_Completion):
 
 
 def _plan(body: CompletionRequest, service: Service) -> CompletionPlan:
-    models.check_model(body.model, service=service)
+    service.check_model(body.model)
     tokenizer = service.tokenizer
     plans = plan_generations(
         body,
