@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.load import PAPER, write_paper_bundle
+from benchmarks.paper import PAPER, write_paper_bundle
 from model.artefact import is_artefact, open_artefact
 from model.bundle import open_bundle
 from model.config import ModelConfig

@@ -34,11 +34,9 @@ from tqdm import tqdm
 
 from benchmarks import client
 from benchmarks.client import Address, Connection, Costs, Reply, ServerProcess, ask, encode_request
-from model.bundle import open_bundle, save_bundle
-from model.config import ModelConfig
-from model.tokenizer import BytesTokenizer
+from benchmarks.paper import PAPER, write_paper_bundle
+from model.bundle import open_bundle
 
-PAPER = "paper"
 SHAKESPEARE = client.ROOT / "training/corpora/shakespeare.txt"
 GOALS = {"share_of_engine": 0.85, "api_us_per_token": 30}  # at concurrency 32
 NUM_PROMPTS = 512
@@ -59,23 +57,6 @@ def real_prompts(bundle: Path, *, text: Path, num_tokens: int, seed: int = 0) ->
     starts = rng.integers(0, max(1, len(data) - size), NUM_PROMPTS).tolist()
     windows = [data[start : start + size].decode(errors="ignore") for start in starts]
     return [ids[1 : num_tokens + 1] for ids in open_bundle(bundle).tokenizer.encode_batch(windows)]
-
-
-def write_paper_bundle(path: Path) -> Path:
-    """The paper's 18 layers of 39 M parameters, random; spans spread as trained ones are, most short and some long."""
-    config = ModelConfig(vocab_size=256, num_layers=18, width=512, num_heads=8, num_persistent=1024, max_span=224)
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for name, shape in config.tensor_shapes().items():
-        tensors[name] = rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
-        if name.endswith(".span"):
-            tensors[name] = np.array([0.0, 0.0, 0.0, 0.1, 0.1, 0.3, 0.6, 1.0], np.float32)
-        elif "norm." in name:
-            tensors[name] = np.full(shape, float(name.endswith("weight")), np.float32)
-    save_bundle(
-        path, config=config, tokenizer=BytesTokenizer(), tensors=tensors, card="# Random weights\n", training={}
-    )
-    return path
 
 
 def encode_generate(prompt: Sequence[int], *, num_tokens: int) -> bytes:
