@@ -75,7 +75,7 @@ HOUSE = {
         "msgspec numpy pydantic",
     ),
     "server.dialects.openai": Room(
-        "schema replies routes choices logprobs models",
+        "schema replies routes work choices logprobs models",
         "model server.dialects server.requests server.web server.protocol server.(ground)",
         "fastapi msgspec pydantic pydantic_core",
     ),
