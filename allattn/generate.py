@@ -18,7 +18,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from allattn.generate_flags import Asked, FlagError, in_flags, read_flags
 from model.bundle import BundleError
-from server.config import ConfigError, Settings
+from server.config import ConfigError, EngineOptions, Settings
 from server.dialects.generate.schema import GenerateRequest, Parameters
 from server.engine.engine import Engine
 from server.errors import InternalError, InvalidField, ServerError
@@ -115,7 +115,7 @@ def generate_here(request: GenerateRequest, settings: Settings) -> Iterator[Piec
     tokenizer = bundle.tokenizer
     prompts = read_prompts(request.inputs, tokenizer=tokenizer)
     [plan] = make_plans(request.parameters, prompts=prompts, tokenizer=tokenizer, timeout_s=None)
-    engine = _load_engine(settings)
+    engine = _load_engine(settings.model_copy(update={"num_rows": 1}))
     text = OutputText(tokenizer, stops=plan.stops, num_free=plan.sampling.min_new_tokens)
     engine.submit(plan.message(lambda: "terminal"))
     while engine.has_work and text.matched_stop is None:
@@ -128,21 +128,10 @@ def generate_here(request: GenerateRequest, settings: Settings) -> Iterator[Piec
     yield Piece(text.finish(), None)
 
 
-def _load_engine(settings: Settings) -> Engine:
+def _load_engine(options: EngineOptions) -> Engine:
     from server.engine.runner import ModelRunner  # torch, which neither --help nor who asks a server shall wait for
 
-    runner = ModelRunner.load(
-        settings.bundle,
-        num_rows=1,
-        dtype=settings.dtype,
-        device=settings.device,
-        provider=settings.provider,
-        num_threads=settings.num_threads,
-        batch_invariant=settings.batch_invariant,
-    )
-    return Engine(
-        runner, chunk_tokens=settings.chunk_tokens, budget_tokens=settings.budget_tokens, prefill_ms=settings.prefill_ms
-    )
+    return Engine(ModelRunner.load(options), options)
 
 
 def generate_there(request: GenerateRequest, *, url: str, key: str | None) -> Iterator[Piece]:

@@ -45,8 +45,6 @@ NUM_PROMPTS = 512
 WINDOW_BYTES = 64  # of text for each token of a prompt, more than any tokenizer needs
 WARM_UP_S = 2.0
 BUSY_S = 120.0  # a server whose rows are not all busy by then does not work
-RUNNER_SETTINGS = {"num_rows", "dtype", "device", "num_threads", "batch_invariant"}
-ENGINE_SETTINGS = {"chunk_tokens", "budget_tokens", "prefill_ms"}
 Row = dict[str, Any]
 
 
@@ -264,9 +262,9 @@ def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[st
     from server.engine.runner import ModelRunner
 
     settings = load_settings(["--bundle", str(args.bundle), *flags_of(args.set)], environ={})
-    runner = ModelRunner.load(settings.bundle, **settings.model_dump(include=RUNNER_SETTINGS))
-    runner.warm_up(settings.chunk_tokens)
-    engine = Engine(runner, **settings.model_dump(include=ENGINE_SETTINGS))
+    runner = ModelRunner.load(settings)
+    runner.warm_up()
+    engine = Engine(runner, settings)
     rows = settings.num_rows
     return {str(size): engine_level(engine, prompts, size, num_rows=rows, args=args) for size in args.concurrency}
 

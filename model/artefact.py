@@ -23,7 +23,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from model.bundle import Bundle, BundleError, open_description
+from model.bundle import DESCRIPTION, Bundle, BundleError, open_description
+from model.frozen.backends import ArtefactKind
 
 FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -36,7 +37,6 @@ RING_LAYOUT = (
 )
 EXPORT_AGAIN = "export the bundle again"
 
-Kind = Literal["torchscript", "onnx", "pt2"]
 GraphName = Literal["decode", "extend", "logits"]
 GRAPHS: tuple[GraphName, ...] = ("decode", "extend", "logits")
 
@@ -83,7 +83,7 @@ class Manifest(_Part):
     """manifest.json as a whole."""
 
     format: Literal[1]
-    kind: Kind
+    kind: ArtefactKind  # the backend that runs it
     weights: str  # how they are kept: float32, float16, int8, int4
     dtype: Literal["float32", "float16"]  # of rings and hidden states
     device: Literal["cpu", "cuda"] | None  # that its graphs were made on, and run on; None = any
@@ -108,7 +108,7 @@ class Manifest(_Part):
 
 @dataclass(frozen=True)
 class Artefact:
-    """A folder that passed every check of `open_artefact`."""
+    """A folder that passed the checks of `open_artefact`, or of `inspect_artefact`."""
 
     path: Path
     manifest: Manifest
@@ -134,10 +134,24 @@ def open_artefact(path: str | Path) -> Artefact:
         ArtefactError: a file is missing, cut short, changed, of another model or of another format.
         BundleError: the description is not whole.
     """
+    artefact = inspect_artefact(path)
+    for name, facts in artefact.manifest.files.items():
+        _check_content(artefact.path / name, facts=facts)
+    return artefact
+
+
+def inspect_artefact(path: str | Path) -> Artefact:
+    """Check what an artefact says of itself, read none of its graphs, and return it.
+
+    Raises:
+        ArtefactError, BundleError: as `open_artefact`, which alone notices a graph that was changed in its old size.
+    """
     folder = Path(path)
     manifest = _read_manifest(folder)
     for name, facts in manifest.files.items():
-        _check_file(folder / name, facts=facts)
+        _check_size(folder / name, facts=facts)
+        if name in DESCRIPTION:
+            _check_content(folder / name, facts=facts)
     bundle = open_description(folder)
     if bundle.hash != manifest.model_hash:
         raise ArtefactError(
@@ -199,7 +213,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise ArtefactError(f"{file}: {faults}; {EXPORT_AGAIN}") from error
 
 
-def _check_file(file: Path, *, facts: FileFacts) -> None:
+def _check_size(file: Path, *, facts: FileFacts) -> None:
     if not file.is_file():
         raise ArtefactError(f"{file} is missing; copy the artefact again, or {EXPORT_AGAIN}")
     if (found := file.stat().st_size) != facts.num_bytes:
@@ -208,6 +222,9 @@ def _check_file(file: Path, *, facts: FileFacts) -> None:
             f"{file} {problem}: it has {found} bytes, {MANIFEST} says {facts.num_bytes}; copy the artefact again, or "
             f"{EXPORT_AGAIN}"
         )
+
+
+def _check_content(file: Path, *, facts: FileFacts) -> None:
     if (digest := describe_file(file).sha256) != facts.sha256:
         raise ArtefactError(
             f"{file} was changed: its sha256 is {digest} and not {facts.sha256}; copy the artefact again, or "

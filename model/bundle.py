@@ -43,7 +43,7 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder that passed every check of `open_bundle`. Holds no weights: `tensors` reads them when asked."""
+    """A folder that passed the checks of `open_bundle` or `inspect_bundle`. Holds no weights: `tensors` reads them."""
 
     path: Path
     config: ModelConfig
@@ -56,9 +56,12 @@ class Bundle:
         """Every weight as a fresh float32 array, named and shaped as `config.tensor_shapes()`, in that order.
 
         Raises:
-            BundleError: model.safetensors is no longer the file that `open_bundle` checked.
+            BundleError: model.safetensors is not whole, does not fit config.json, or was changed after the bundle was
+                opened.
         """
         stored = _read_weights(self.path, sha256=self.hash)
+        dtype = _check_tensors(stored, config=self.config, where=str(self.path / WEIGHTS))
+        _check_weight_facts(self.path, dtype=dtype, num_parameters=self.config.num_parameters)
         return {name: stored[name].astype(np.float32) for name in self.config.tensor_shapes()}
 
 
@@ -139,6 +142,17 @@ def open_bundle(path: str | Path) -> Bundle:
     Raises:
         BundleError: a file is missing, cut short, changed, of another format, or does not fit the others.
     """
+    bundle = inspect_bundle(path)
+    bundle.tensors()
+    return bundle
+
+
+def inspect_bundle(path: str | Path) -> Bundle:
+    """Check a bundle but for the content of its weights, which `Bundle.tensors` checks when it reads them.
+
+    Raises:
+        BundleError: as `open_bundle`.
+    """
     folder = Path(path)
     _check_present(folder, files=_FILES)
     manifest = _read_manifest(folder)
@@ -149,9 +163,6 @@ def open_bundle(path: str | Path) -> Bundle:
         raise BundleError(
             f"{folder / WEIGHTS} is cut short: it has {num_bytes} bytes, its weights alone are {least}; {_COPY_AGAIN}"
         )
-    tensors = _read_weights(folder, sha256=manifest.weights.sha256)
-    dtype = _check_tensors(tensors, config=config, where=str(folder / WEIGHTS))
-    _check_weight_facts(folder, facts=manifest.weights, dtype=dtype, num_parameters=config.num_parameters)
     return _describe(folder, manifest)
 
 
@@ -273,7 +284,8 @@ def _common_dtype(dtypes: set[str], *, where: str) -> StoredDtype:
     raise BundleError(f"{where}: weights are {', '.join(sorted(dtypes))}; they must all be float32 or all float16")
 
 
-def _check_weight_facts(folder: Path, *, facts: _Weights, dtype: StoredDtype, num_parameters: int) -> None:
+def _check_weight_facts(folder: Path, *, dtype: StoredDtype, num_parameters: int) -> None:
+    facts = _read_manifest(folder).weights
     if (facts.dtype, facts.num_parameters) != (dtype, num_parameters):
         raise BundleError(
             f"{folder / CONFIG}: weights says {facts.num_parameters} parameters of {facts.dtype}, "

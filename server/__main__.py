@@ -15,10 +15,9 @@ from fastapi import FastAPI
 
 from model.bundle import Bundle, BundleError
 from server.app import create_app
-from server.config.settings import ConfigError, Settings, describe_settings, load_settings, wants_print_config
-from server.link.supervisor import EngineLink
+from server.config import ConfigError, Settings, describe_settings, load_settings, wants_print_config
+from server.link.supervisor import LOAD_MODEL, EngineLink
 from server.operation.tracing import Tracing, open_tracing
-from server.protocol.messages import LOAD_MODEL
 from server.requests.service import Link
 from server.runtime import log_to_stderr, settle_garbage
 from server.served_model import open_model
@@ -118,7 +117,9 @@ async def serve(
         await _end_at_once(link, server=server, http=http)
         return _complain("ended at once by a second signal", status=1)
     await closing
-    return _complain(f"the engine has failed: {link.failure}", status=1) if failed else 0
+    if not failed:
+        return 0
+    return _complain(link.failure if link.blames_model else f"the engine has failed: {link.failure}", status=1)
 
 
 async def _close(
@@ -168,19 +169,19 @@ class _Server(uvicorn.Server):
 
 def banner(settings: Settings, *, bundle: Bundle, link: Link, port: int) -> str:
     """What a person wants to know once the model is there, with a command to paste."""
-    ready = link.ready
-    assert ready is not None
+    assert link.ready is not None
+    facts = link.ready.facts
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     splits = bundle.training.get("splits", {})
     quality = ", ".join(f"{name} {split['bits_per_byte']:.3f} bits per byte" for name, split in splits.items())
-    rows = f"{ready.num_rows} rows of {ready.state_bytes_per_row / 2**20:.2f} MiB"
+    rows = f"{facts.num_rows} rows of {facts.state_bytes_per_row / 2**20:.2f} MiB"
     body = json.dumps({"inputs": "It was a dark", "parameters": {"temperature": 0.8}, "stream": True})
     return "\n".join(
         [
             f"allattn serves {bundle.path.resolve().name}, {bundle.config.num_parameters / 1e6:.1f} M parameters",
             *([f"  quality  {quality}"] if quality else []),
-            f"  engine   {ready.backend}, {ready.weights} on {ready.device}, {rows}",
+            f"  engine   {facts.backend}, {facts.weights} on {facts.device}, {rows}",
             f"  url      {url} (documentation at {url}/docs)",
             f"  try      curl -N {url}/generate -d '{body}'",
         ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.artefact import Artefact, ArtefactError, Manifest, RingFacts
 from model.config import ModelConfig
+from model.frozen.backends import AUTO, BACKENDS, LoadOptions
 from model.frozen.cache import RingCache
 from model.spans import HeadGroup
 
@@ -112,36 +113,35 @@ class ExportedLM:
         return torch.from_numpy(array).to(self.device)
 
 
-def load_exported(
-    artefact: Artefact, *, device: str = "auto", provider: str = "auto", num_threads: int | None = None
-) -> ExportedLM:
-    """Load the graphs of an artefact.
+class LoadGraphs(Protocol):
+    """The loader of a backend that runs artefacts."""
 
-    Args:
-        device: auto, cpu or cuda; auto takes a GPU where there is one that the artefact can run on.
-        provider: of an ONNX artefact, the execution provider: auto (by device), cpu or cuda.
-        num_threads: CPU threads; None = as many as torch uses.
+    def __call__(self, artefact: Artefact, options: LoadOptions) -> Graphs:
+        """Load the graphs. Raises ArtefactError where a graph is wrong, or cannot run as the options say."""
+        ...
+
+
+def load_exported(artefact: Artefact, options: LoadOptions) -> ExportedLM:
+    """Load the graphs of an artefact with the backend that it was made for.
 
     Raises:
-        ArtefactError: a graph cannot be loaded, or not where it is asked for.
+        ArtefactError: a graph cannot be loaded, or cannot run as the options say.
     """
-    kind = artefact.manifest.kind
-    if kind == "onnx":
-        try:
-            from model.frozen.onnx_graphs import OnnxGraphs  # an artefact of another kind needs no onnxruntime
-        except ImportError as error:
-            raise ArtefactError(
-                f"{artefact.path} is an ONNX artefact, and onnxruntime cannot be imported ({error}); "
-                "pip install 'allattn[onnx]'"
-            ) from error
-        graphs: Graphs = OnnxGraphs(artefact, device=device, provider=provider, num_threads=num_threads)
-    else:
-        from model.frozen.torch_graphs import load_torch_graphs
-
-        if provider != "auto":
-            raise ArtefactError(f"provider = {provider!r} is for ONNX artefacts; {artefact.path} is {kind}")
-        graphs = load_torch_graphs(artefact, device=device)
-    return ExportedLM(artefact.bundle.config, artefact.manifest, graphs)
+    backend = BACKENDS[artefact.manifest.kind]
+    if options.provider != AUTO and not backend.has_providers:
+        raise ArtefactError(
+            f"provider = {options.provider!r} is for ONNX artefacts; {artefact.path} is {artefact.manifest.kind}"
+        )
+    try:
+        load: LoadGraphs = backend.import_loader()
+    except ImportError as error:
+        if not backend.package:
+            raise
+        raise ArtefactError(
+            f"{artefact.path} is an artefact for {backend.name}, and {backend.package} cannot be imported ({error}); "
+            f"pip install 'allattn[{backend.extra}]'"
+        ) from error
+    return ExportedLM(artefact.bundle.config, artefact.manifest, load(artefact, options))
 
 
 def _groups(layer: Sequence[RingFacts]) -> Iterator[HeadGroup]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.artefact import EXPORT_AGAIN, GRAPHS, MODEL_HASH, Artefact, ArtefactError, GraphFacts, GraphName
+from model.frozen.backends import LoadOptions
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
@@ -25,11 +26,11 @@ class OnnxGraphs:
 
     invariant_rows = 2  # fp32 and int8, from 2 to 33 rows, all were equal bit for bit; a single row has its own kernels
 
-    def __init__(self, artefact: Artefact, *, device: str, provider: str, num_threads: int | None) -> None:
-        """Load an artefact; see `load_exported`. Raises ArtefactError where a graph or the provider cannot be had."""
+    def __init__(self, artefact: Artefact, options: LoadOptions) -> None:
+        """Load an artefact. Raises ArtefactError where a graph or the provider cannot be had."""
         check_packages()
-        provider = choose_provider(device=device, provider=provider)
-        threads = num_threads or torch.get_num_threads()
+        provider = choose_provider(device=options.device, provider=options.provider)
+        threads = options.num_threads or torch.get_num_threads()
         self.device = torch.device(provider)
         self._graphs = {
             name: _Graph(artefact, name, provider=provider, num_threads=threads, device=self.device) for name in GRAPHS

@@ -1,105 +1,46 @@
 """The only torch in the server: a model and its rings behind the protocol that the engine drives."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.artefact import is_artefact, open_artefact
-from model.bundle import open_bundle
-from model.frozen.baked import load_baked
-from model.frozen.exported import load_exported
+from model.frozen.loading import load_model
 from model.frozen.served import ServedLM, score_positions
 from model.sampling.draw import Draws, draw
 from model.sampling.penalties import History
+from server.config import EngineOptions
 from server.engine.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
-from server.protocol.messages import Sampling
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from server.protocol.messages import EngineFacts, Sampling
 
 
 class ModelRunner:
     """Runs a model. Rows are lanes of one `RingCache`; decoding touches rows 0 .. the highest in use."""
 
-    def __init__(self, model: ServedLM, *, num_rows: int, batch_invariant: bool = True) -> None:
-        self.num_rows = num_rows
+    def __init__(self, model: ServedLM, options: EngineOptions) -> None:
+        self.num_rows = options.num_rows
         self.model = model
-        self._min_rows = model.invariant_rows if batch_invariant else 1
-        self._batch_invariant = batch_invariant
+        self._chunk_tokens = options.chunk_tokens
+        self._batch_invariant = options.batch_invariant
+        self._min_rows = model.invariant_rows if options.batch_invariant else 1
         self._reads_together = True
-        self.cache = model.allocate(max(num_rows, self._min_rows))
-        self.history = History(max(num_rows, self._min_rows), model.config.vocab_size, device=model.device)
+        self.cache = model.allocate(max(self.num_rows, self._min_rows))
+        self.history = History(max(self.num_rows, self._min_rows), model.config.vocab_size, device=model.device)
         self._prepared: tuple[list[Sampling], Draws] | None = None
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        *,
-        num_rows: int,
-        dtype: str = "float32",
-        device: str = "auto",
-        provider: str = "auto",
-        num_threads: int | None = None,
-        batch_invariant: bool = True,
-    ) -> Self:
+    def load(cls, options: EngineOptions) -> Self:
         """Load a bundle or an artefact.
-
-        Args:
-            dtype: float32 or bfloat16, of a bundle's weights and rings; an artefact has its own.
-            device: auto, cpu or cuda; auto takes a GPU where there is one.
-            provider: auto, cpu or cuda: the execution provider of an ONNX artefact.
-            num_threads: CPU threads; None = as many as cores.
-            batch_invariant: never compute fewer than the model's `invariant_rows`.
 
         Raises:
             BundleError: the bundle or artefact is not whole, or cannot be run as asked.
             ValueError: CUDA is asked for where there is none.
         """
-        if num_threads:
-            torch.set_num_threads(num_threads)
-        if is_artefact(path):
-            exported = load_exported(open_artefact(path), device=device, provider=provider, num_threads=num_threads)
-            return cls(exported, num_rows=num_rows, batch_invariant=batch_invariant)
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device = 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_baked(open_bundle(path), dtype=DTYPES[dtype], device=device)
-        return cls(model, num_rows=num_rows, batch_invariant=batch_invariant)
-
-    @property
-    def backend(self) -> str:
-        """What computes."""
-        return self.model.backend
-
-    @property
-    def device(self) -> str:
-        """Where the model runs."""
-        return str(self.model.device)
-
-    @property
-    def dtype(self) -> str:
-        """What rings are kept in."""
-        return str(self.model.dtype).removeprefix("torch.")
-
-    @property
-    def weights(self) -> str:
-        """How they are kept."""
-        return self.model.weights
-
-    @property
-    def state_bytes_per_row(self) -> int:
-        """Bytes a live stream costs, whatever its length."""
-        return self.cache.bytes_per_row + self.history.bytes_per_row
-
-    @property
-    def spans(self) -> tuple[tuple[int, ...], ...]:
-        """How far each head of each layer looks back, in tokens."""
-        return tuple(map(tuple, self.model.spans))
+        if options.num_threads:
+            torch.set_num_threads(options.num_threads)
+        return cls(load_model(options.bundle, options), options)
 
     def reset(self, row: int) -> None:
         """Begin a fresh stream in a row."""
@@ -129,14 +70,11 @@ class ModelRunner:
         logits.cpu()
 
     @torch.inference_mode()
-    def warm_up(self, chunk_tokens: int) -> bool:
+    def warm_up(self) -> EngineFacts:
         """Decode at every batch size, and read every padded length with one row, with two and with all.
 
-        Nothing is committed, so every row stays as it was. Where reading together is seen to change a row's bits on a
-        CPU, rows are read one by one from now on, if they shall not depend on each other.
-
-        Returns:
-            whether a full batch gives row 0, bit for bit, what it gets alone.
+        Nothing is committed, so every row stays as it was. If reading together changes a row's bits on a CPU and rows
+        shall not depend on each other, the runner reads rows one by one from now on.
         """
         sampling = Sampling(temperature=1.0, seed=1)
         decoded = []
@@ -144,11 +82,24 @@ class ModelRunner:
             logits, _ = self._step(range(count), [1] * count)
             self._draw(logits, Draws([sampling] * count, device=self.model.device), [Draw(sampling, 1, 1)] * count)
             decoded.append(logits[0].clone())
-        lengths = sorted({_padded(size) for size in range(1, chunk_tokens + 1)})
+        lengths = sorted({_padded(size) for size in range(1, self._chunk_tokens + 1)})
         alike = [self._reads_alike(num_new) for num_new in lengths]  # each of them once, whatever comes out
         read_alike = all(alike)
         self._reads_together = read_alike or not self._batch_invariant or self.model.device.type != "cpu"
-        return (read_alike or not self._reads_together) and all(torch.equal(logits, decoded[0]) for logits in decoded)
+        decode_alike = all(torch.equal(logits, decoded[0]) for logits in decoded)
+        return self._facts(batch_invariant=(read_alike or not self._reads_together) and decode_alike)
+
+    def _facts(self, *, batch_invariant: bool) -> EngineFacts:
+        return EngineFacts(
+            backend=self.model.backend,
+            device=str(self.model.device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            weights=self.model.weights,
+            num_rows=self.num_rows,
+            state_bytes_per_row=self.cache.bytes_per_row + self.history.bytes_per_row,
+            batch_invariant=batch_invariant,
+            spans=tuple(map(tuple, self.model.spans)),
+        )
 
     def _reads_alike(self, num_new: int) -> bool:
         """Whether a stretch of so many tokens has the same bits alone, beside one other, and in a full batch."""

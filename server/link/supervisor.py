@@ -5,7 +5,6 @@ Whatever happens to the engine, every submitted sequence gets exactly one Ended.
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 
@@ -14,10 +13,9 @@ from server.link.child import Child
 from server.link.mailbox import Stream, untimed_ending
 from server.protocol.frames import End
 from server.protocol.messages import (
-    LOAD_MODEL,
     AskedToEnd,
     Cancel,
-    EngineOptions,
+    Died,
     FromEngine,
     Generate,
     LinkState,
@@ -30,6 +28,8 @@ from server.protocol.messages import (
 
 __all__ = ["EngineLink", "Stream"]
 
+LOAD_MODEL = "server.engine.runner:ModelRunner.load"
+LOGGED_FACTS = ("device", "dtype", "state_bytes_per_row", "state_bytes", "batch_invariant")
 WATCH_S = 0.1
 EXIT_S = 1.5  # an engine that was told to end and has not by then is killed
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.1, 2.0
@@ -48,10 +48,11 @@ class EngineLink:
     def __init__(
         self, settings: Settings, *, runner: str = LOAD_MODEL, restart_slack_s: float = RESTART_SLACK_S
     ) -> None:
-        """runner: module:factory of the runner that the engine process shall build."""
+        """runner: module:function that makes the engine process's runner of its options."""
         self.state: LinkState = "starting"
         self.ready: Ready | None = None  # of the newest process that has been ready
         self.failure = ""  # the last one
+        self.blames_model = False  # the failure is that the model's files are wrong
         self.restarts = 0
         self.num_waiting = self.tokens_waiting = self.rows_used = 0
         self.asked_to_end = False  # by a signal to the engine process, in place of one to this process
@@ -144,9 +145,9 @@ class EngineLink:
         """One process, to its end."""
         self._begun = time.monotonic()
         try:
-            self._child = child = await Child.start(self._options(), hear=self._hear)
+            self._child = child = await Child.start(self._settings, make_runner=self._runner, hear=self._hear)
         except Exception as error:  # the system has no room for it, most likely
-            self._fail(f"the engine process cannot be started: {type(error).__name__}: {error}")
+            self._fail(Died(f"the engine process cannot be started: {type(error).__name__}: {error}"))
             return
         try:
             why = await self._watch(child)
@@ -158,28 +159,11 @@ class EngineLink:
             child.kill()
             await child.gone()
 
-    def _options(self) -> EngineOptions:
-        settings = self._settings
-        return EngineOptions(
-            bundle=os.fspath(settings.bundle),
-            backend=settings.backend,
-            num_rows=settings.num_rows,
-            dtype=settings.dtype,
-            device=settings.device,
-            provider=settings.provider,
-            num_threads=settings.num_threads,
-            batch_invariant=settings.batch_invariant,
-            chunk_tokens=settings.chunk_tokens,
-            budget_tokens=settings.budget_tokens,
-            prefill_ms=settings.prefill_ms,
-            runner=self._runner,
-        )
+    async def _watch(self, child: Child) -> Died:
+        """Wait until the process is of no use any more: it is gone, silent though work is pending, or a restart hangs.
 
-    async def _watch(self, child: Child) -> str:
-        """Why the process is of no use any more: it is gone, silent though work is pending, or a restart hangs.
-
-        Silence is counted in turns of this loop, not by the clock: where the loop itself was held up, messages only
-        wait to be read.
+        Silence is counted in turns of this loop, not by the clock: if the loop itself was held up, messages only wait
+        to be read.
         """
         heard, silent_s = self._heard, 0.0
         while True:
@@ -190,9 +174,9 @@ class EngineLink:
             silent_s = silent_s + WATCH_S if counts and self._heard == heard else 0.0
             heard = self._heard
             if self._takes_work and silent_s > self._settings.heartbeat_timeout_s:
-                return f"the engine process has been silent for {silent_s:.1f} s"
+                return Died(f"the engine process has been silent for {silent_s:.1f} s")
             if not self._takes_work and silent_s > 2 * self._first_start_s + self._restart_slack_s:
-                return f"the engine process has not become ready within {silent_s:.0f} s"
+                return Died(f"the engine process has not become ready within {silent_s:.0f} s")
 
     def _hear(self, message: FromEngine) -> None:
         self._heard = time.monotonic()
@@ -227,24 +211,21 @@ class EngineLink:
         if self.state != "draining":
             self.state, self._takes_work = "ready", True
         self._settled.set()
-        facts = {
+        facts = ready.facts.as_dict()
+        fields = {
             "pid": ready.pid,
-            "device": ready.device,
-            "dtype": ready.dtype,
-            "rows": ready.num_rows,
-            "state_bytes_per_row": ready.state_bytes_per_row,
-            "state_bytes": ready.state_bytes_per_row * ready.num_rows,
-            "batch_invariant": ready.batch_invariant,
+            "rows": ready.facts.num_rows,
+            **{name: facts[name] for name in LOGGED_FACTS},
             "warm_up_s": round(ready.warm_up_s, 3),
             "restarts": self.restarts,
         }
-        log.info("engine ready", extra={"fields": facts})
+        log.info("engine ready", extra={"fields": fields})
 
-    def _fail(self, why: str) -> None:
-        """End what the process leaves, and decide what comes next. A draining link tries nothing new."""
+    def _fail(self, why: Died) -> None:
+        """End the sequences of a dead process, and decide what comes next. A draining link tries nothing new."""
         now = time.monotonic()
         self._restarted = [moment for moment in self._restarted if now - moment < self._settings.restart_window_s]
-        self.failure = why
+        self.failure, self.blames_model = why.message, why.blames_model
         if self.state != "draining":
             if self.ready is None or len(self._restarted) >= self._settings.max_restarts:
                 self.state = "failed"
@@ -252,9 +233,9 @@ class EngineLink:
                 self.state = "restarting"
                 self.restarts += 1
                 self._restarted.append(now)
-        facts = {"why": why, "sequences": len(self._streams), "state": self.state, "restarts": self.restarts}
+        facts = {"why": self.failure, "sequences": len(self._streams), "state": self.state, "restarts": self.restarts}
         log.warning("engine failed", extra={"fields": facts})
-        self._end_streams("error", error=why)
+        self._end_streams("error", error=self.failure)
         if self.state == "failed":
             self._settled.set()
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 from server.dialects.generate.schema import MAX_STOP_CHARS, Parameters
 from server.errors import Starting
 from server.protocol.json import encode
-from server.protocol.messages import LinkState, Ready
+from server.protocol.messages import LinkState
 from server.requests.service import Service
 from server.runtime import package_version
 from server.web import openapi
@@ -144,7 +144,7 @@ def _info(service: Service) -> dict[str, Any]:
             "training": bundle.training,
             "card": bundle.card,
         },
-        "engine": None if ready is None else _engine_facts(ready),
+        "engine": None if ready is None else ready.facts.as_dict(),
         "limits": {
             "max_inputs": service.admission.max_sequences,
             "max_stop_chars": MAX_STOP_CHARS,
@@ -154,20 +154,6 @@ def _info(service: Service) -> dict[str, Any]:
         "fingerprint": service.fingerprint,
         "version": package_version(),
         "versions": {name: version(name) for name in ("torch", "fastapi", "uvicorn")},
-    }
-
-
-def _engine_facts(ready: Ready) -> dict[str, Any]:
-    return {
-        "backend": ready.backend,
-        "device": ready.device,
-        "dtype": ready.dtype,
-        "weights": ready.weights,
-        "num_rows": ready.num_rows,
-        "state_bytes_per_row": ready.state_bytes_per_row,
-        "state_bytes": ready.num_rows * ready.state_bytes_per_row,
-        "batch_invariant": ready.batch_invariant,
-        "spans": ready.spans,
     }
 
 
@@ -182,6 +168,6 @@ def _spans(service: Service) -> dict[str, Any]:
         "num_layers": config.num_layers,
         "num_heads": config.num_heads,
         "num_persistent": config.num_persistent,
-        "spans": ready.spans,
-        "state_bytes_per_row": ready.state_bytes_per_row,
+        "spans": ready.facts.spans,
+        "state_bytes_per_row": ready.facts.state_bytes_per_row,
     }

@@ -19,6 +19,7 @@ from export.run import export
 from export.verify import BOUNDS, Verified, main, read_text, verify
 from model.artefact import ArtefactError, open_artefact
 from model.bundle import open_bundle
+from model.frozen.backends import LoadOptions
 from model.frozen.baked import BakedLM, load_baked
 from model.frozen.exported import ExportedLM, load_exported
 from model.frozen.torch_graphs import TorchGraphs, load_torch_graphs
@@ -252,7 +253,7 @@ def test_the_manifest_holds_what_was_measured():
     said = json.loads((folder / "manifest.json").read_text())["verified"]
     assert said["text"] == "masked.txt"
     assert Verified(**{name: value for name, value in said.items() if name != "text"}) == check(
-        load_exported(open_artefact(folder), device="cpu")
+        load_exported(open_artefact(folder), LoadOptions(device="cpu"))
     )
     bundle = open_bundle(bundle_of())
     tokens = np.array(bundle.tokenizer.encode(text_file().read_text()))

@@ -15,6 +15,7 @@ import torch
 
 from model.artefact import ArtefactError, check_replaceable, is_artefact, open_artefact, write_manifest
 from model.bundle import open_bundle
+from model.frozen.backends import LoadOptions
 from model.frozen.exported import load_exported
 from server.__main__ import main
 from tests.support.artefacts import artefact_of, bundle_of
@@ -38,7 +39,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def load(folder: Path) -> None:
-    load_exported(open_artefact(folder), device="cpu", num_threads=1)
+    load_exported(open_artefact(folder), LoadOptions(device="cpu", num_threads=1))
 
 
 def flip(file: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import SecretStr
 
-from server.config.settings import ConfigError, Settings, describe_settings, load_settings, wants_print_config
+from server.config import ConfigError, Settings, describe_settings, load_settings, wants_print_config
 
 KEYS = ["correct-horse-battery", "staple/2+more=chars~~"]
 
