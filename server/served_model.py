@@ -3,8 +3,8 @@
 Knows no torch and reads no weights: the engine process checks those when it loads them.
 """
 
-from model.artefact import is_artefact, open_artefact
-from model.bundle import Bundle, open_bundle
+from model.artefact import inspect_artefact, is_artefact
+from model.bundle import Bundle, inspect_bundle
 from model.frozen.backends import AUTO, BACKENDS, backends_for, names
 from server.config import ConfigError, Settings
 
@@ -18,10 +18,10 @@ def open_model(settings: Settings) -> tuple[Bundle, Settings]:
     """
     kind, dtype = None, None
     if is_artefact(settings.bundle):
-        artefact = open_artefact(settings.bundle)
+        artefact = inspect_artefact(settings.bundle)
         bundle, kind, dtype = artefact.bundle, artefact.manifest.kind, artefact.manifest.dtype
     else:
-        bundle = open_bundle(settings.bundle)
+        bundle = inspect_bundle(settings.bundle)
     what = f"{settings.bundle} is {'a bundle' if kind is None else f'an artefact for {kind}'}"
     allowed = names(backends_for(kind))
     if settings.backend not in (AUTO, *allowed):
