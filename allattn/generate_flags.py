@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from model.frozen.backends import LoadOptions
 from server.config import Settings, load_settings
 from server.dialects.generate.schema import GenerateRequest, Parameters
 from server.errors import InvalidField
@@ -30,7 +31,7 @@ NUMBERS = (  # fields of Parameters
     "seed",
 )
 SWITCHES = ("do_sample", "ignore_eos")
-HERE = ("bundle", "dtype", "device", "provider", "num_threads")  # settings of a model in this process
+HERE = ("bundle", *(name for name in LoadOptions.model_fields if name != "backend"))  # of a model in this process
 KEY_FILE = "api_key_file"  # the one setting of those who ask a server
 METAVARS = {"bundle": "DIR", "num_threads": "N", KEY_FILE: "FILE"}
 HELP = {  # where the words that are written for the server say too much

@@ -7,9 +7,10 @@ the kinds of artefacts, the loader and the checks of settings are derived from t
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 AUTO: Final = "auto"
 
@@ -66,12 +67,29 @@ def names(rows: Iterable[Backend]) -> tuple[str, ...]:
     return tuple(row.name for row in rows)
 
 
-if TYPE_CHECKING:
-    ArtefactKind = str
-    BackendChoice = str
-else:
-    ArtefactKind = Literal[names(row for row in BACKENDS.values() if row.runs == "artefact")]
-    BackendChoice = Literal[AUTO, *BACKENDS]
+def _artefact_kinds() -> tuple[str, ...]:
+    return names(row for row in BACKENDS.values() if row.runs == "artefact")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotates a text that must be one of some names. The names are asked for at each check: the table may grow."""
+
+    names: Callable[[], tuple[str, ...]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """What pydantic asks an annotation for."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, text: str) -> str:
+        *others, last = map(repr, self.names())
+        if text not in self.names():
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+        return text
+
+
+ArtefactKind = Annotated[str, OneOf(_artefact_kinds)]
+BackendChoice = Annotated[str, OneOf(lambda: (AUTO, *BACKENDS))]
 
 
 class LoadOptions(BaseModel):

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
+from model.frozen.backends import OneOf
 from server.config.settings import Settings
 
 ENV_PREFIX = "ALLATTN_"
@@ -178,16 +180,16 @@ def _parser() -> argparse.ArgumentParser:
         field = Settings.model_fields[name]
         if name != SECRET:
             default = {"None": "not set", "True": "true", "False": "false"}.get(str(field.default), field.default)
-            parser.add_argument(
-                _flag(name), metavar=_metavar(name, field.annotation), help=f"{field.description} [{default}]"
-            )
+            parser.add_argument(_flag(name), metavar=_metavar(name, field), help=f"{field.description} [{default}]")
     return parser
 
 
-def _metavar(name: str, annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
+def _metavar(name: str, field: FieldInfo) -> str:
+    if choices := [choice for rule in field.metadata if isinstance(rule, OneOf) for choice in rule.names()]:
+        return "|".join(choices)
+    if get_origin(field.annotation) is Literal:
+        return "|".join(get_args(field.annotation))
     if name.endswith(("_s", "_ms")):
         return "SECONDS" if name.endswith("_s") else "MILLISECONDS"
-    kinds = {int: "N", int | None: "N", bool: "true|false", Path: "DIR", Path | None: "FILE"}
-    return kinds.get(annotation, "TEXT")
+    kinds: dict[Any, str] = {int: "N", int | None: "N", bool: "true|false", Path: "DIR", Path | None: "FILE"}
+    return kinds.get(field.annotation, "TEXT")
