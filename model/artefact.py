@@ -1,4 +1,4 @@
-"""The artefact: the folder that export writes and that the server runs, a bundle's model as frozen graphs.
+"""The artefact: a bundle's model as frozen graphs, in a folder that export writes and the server reads.
 
 Beside a bundle's config.json, tokenizer.json and README.md it holds the graphs and manifest.json, which names every
 file with its size and sha256, every input and output, and where the slots of the rings lie. Knows no torch.
@@ -50,7 +50,7 @@ class _Part(BaseModel):
 
 
 class FileFacts(_Part):
-    """What a file must be."""
+    """Size and hash of a file."""
 
     num_bytes: int
     sha256: str
@@ -65,7 +65,7 @@ class TensorFacts(_Part):
 
 
 class GraphFacts(_Part):
-    """Where a graph is, and what goes in and comes out, in order."""
+    """The file of a graph, and its inputs and outputs in order."""
 
     file: str
     inputs: tuple[TensorFacts, ...]
@@ -123,7 +123,7 @@ class Artefact:
 
 
 def is_artefact(path: str | Path) -> bool:
-    """Whether a folder means to be one."""
+    """Returns whether a folder has the manifest of an artefact."""
     return (Path(path) / MANIFEST).exists()
 
 
@@ -141,10 +141,10 @@ def open_artefact(path: str | Path) -> Artefact:
 
 
 def inspect_artefact(path: str | Path) -> Artefact:
-    """Check what an artefact says of itself, read none of its graphs, and return it.
+    """Check an artefact without reading its graphs, and return it.
 
     Raises:
-        ArtefactError, BundleError: as `open_artefact`, which alone notices a graph that was changed in its old size.
+        ArtefactError, BundleError: as `open_artefact`, except that a changed graph of unchanged size is not noticed.
     """
     folder = Path(path)
     manifest = _read_manifest(folder)
@@ -162,7 +162,7 @@ def inspect_artefact(path: str | Path) -> Artefact:
 
 
 def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> Manifest:
-    """Write manifest.json over all other files that lie in the folder; `facts` are the other fields of `Manifest`."""
+    """Write a manifest.json that lists all other files of the folder; `facts` are the other fields of `Manifest`."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.name != MANIFEST)
     files = {name: describe_file(folder / name) for name in names}
     manifest = Manifest(format=FORMAT, ring_layout=RING_LAYOUT, files=files, **facts)
@@ -171,7 +171,7 @@ def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> Manifest:
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises ArtefactError unless there is nothing, an empty folder or an artefact and no more."""
+    """Raises ArtefactError unless the target is missing, an empty folder, or an artefact without any other file."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -188,7 +188,7 @@ def check_replaceable(target: Path) -> None:
 
 
 def describe_file(file: Path) -> FileFacts:
-    """Its facts as they are."""
+    """Returns size and hash of a file."""
     digest = hashlib.sha256()
     for block in _blocks(file):
         digest.update(block)

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return _complain(str(error), status=1)
     try:
         uvloop.run(run(settings, bundle=bundle, listener=listener, tracing=tracing))
-    except KeyboardInterrupt:  # before the server's own handlers were in place
+    except KeyboardInterrupt:  # before the server's own handlers are in place
         return 130
 
 
@@ -67,9 +67,9 @@ async def run(
     runner: str = LOAD_MODEL,
     tracing: Tracing | None = None,
 ) -> NoReturn:
-    """`serve` with an engine process, which belongs to the loop that it is made in; then exit with its status.
+    """Call `serve` with an engine process, then exit with its status.
 
-    It does not come back, for the end of a loop waits for threads, and those that are left work for nobody.
+    The function does not return: the end of a loop waits for its threads, and threads that are left work for nobody.
     """
     link = EngineLink(settings, runner=runner)
     status = await serve(settings, bundle=bundle, link=link, listener=listener, tracing=tracing)
@@ -79,7 +79,7 @@ async def run(
 
 
 def listen(host: str, *, port: int) -> socket.socket:
-    """A socket that accepts connections. Raises ListenError where the address is taken or is not ours."""
+    """Returns a socket that accepts connections. Raises ListenError if the address is taken or not ours."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
@@ -92,17 +92,18 @@ def listen(host: str, *, port: int) -> socket.socket:
 async def serve(
     settings: Settings, *, bundle: Bundle, link: Link, listener: socket.socket, tracing: Tracing | None = None
 ) -> int:
-    """Start the engine behind an HTTP side that already answers, wait for a reason to end, and end in order.
+    """Start the HTTP side, then the engine, wait for a reason to end, and end in order; returns the exit status.
 
-    On the first signal new work is refused while live work goes on, for `shutdown_timeout_s` at most; the answers that
-    are ready then still reach their clients. On the second one it ends at once, with status 1: work may be lost.
+    After the first signal the server refuses new work and lets live work go on for up to `shutdown_timeout_s`; answers
+    that are ready by then still reach their clients. After a second signal it ends at once, with status 1, and may lose
+    work.
     """
     server = _Server(create_app(settings=settings, bundle=bundle, link=link, tracing=tracing))
     http = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(link.start())
     await _until(lambda: starting.done() or server.num_signals > 0 or link.asked_to_end)
     if starting.done():
-        await starting  # raises where the engine could not even be tried
+        await starting  # raises if the link itself has failed
     if starting.done() and link.state != "failed":
         print(banner(settings, bundle=bundle, link=link, port=listener.getsockname()[1]), flush=True)
         settle_garbage()
@@ -133,7 +134,7 @@ async def _close(
 
 
 async def _end_at_once(link: Link, *, server: "_Server", http: asyncio.Task[None]) -> None:
-    """Kill the engine; a client that reads now still gets its ending, but nobody waits for it."""
+    """Kill the engine, and give clients AT_ONCE_S to read their endings."""
     await asyncio.wait([asyncio.create_task(link.close(grace_s=0))], timeout=AT_ONCE_S)
     server.should_exit = server.force_exit = True
     await asyncio.wait([http], timeout=AT_ONCE_S)
@@ -145,7 +146,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal is only counted: `serve` decides when to stop listening."""
+    """uvicorn that only counts signals: `serve` decides when to stop listening."""
 
     def __init__(self, app: FastAPI) -> None:
         super().__init__(
@@ -168,7 +169,7 @@ class _Server(uvicorn.Server):
 
 
 def banner(settings: Settings, *, bundle: Bundle, link: Link, port: int) -> str:
-    """What a person wants to know once the model is there, with a command to paste."""
+    """Returns a few lines on the served model for a person, with a command to paste."""
     assert link.ready is not None
     facts = link.ready.facts
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host

@@ -10,11 +10,11 @@ from server.config import ConfigError, Settings
 
 
 def open_model(settings: Settings) -> tuple[Bundle, Settings]:
-    """The description of the model, and the settings with the backend that `auto` means.
+    """Returns the model's description, and the settings with a backend in place of `auto`.
 
     Raises:
         BundleError: the bundle or artefact is not whole.
-        ConfigError: backend, dtype or provider are for a model of another kind.
+        ConfigError: backend, dtype or provider do not fit the model.
     """
     kind, dtype = None, None
     if is_artefact(settings.bundle):

@@ -1,4 +1,4 @@
-"""The table of backends: what can compute a model, and how a model can be loaded. Knows no torch.
+"""The table of backends, which compute models, and the options of loading a model. Loads no torch.
 
 A new backend is a row of this table, the file that the row names and the tests of that file. The choices of --backend,
 the kinds of artefacts, the loader and the checks of settings are derived from the table.
@@ -17,7 +17,7 @@ AUTO: Final = "auto"
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the table."""
+    """One way to compute a model: a row of the table."""
 
     name: str  # in --backend, in the manifest of an artefact and in GET /info
     runs: Literal["bundle", "artefact"]  # an artefact names the one backend that runs it
@@ -28,7 +28,7 @@ class Backend:
     has_own_threads: bool = False  # it computes in other threads than those of OpenMP
 
     def import_loader(self) -> Callable[..., Any]:
-        """The function that `loader` names. Raises ImportError."""
+        """Returns the function that `loader` names. Raises ImportError."""
         module, _, function = self.loader.partition(":")
         load: Callable[..., Any] = getattr(importlib.import_module(module), function)
         return load
@@ -54,16 +54,16 @@ BACKENDS = {
 
 
 def backends_for(kind: str | None) -> list[Backend]:
-    """The backends that run a model; `auto` means the first one.
+    """Returns the backends that run a model; `auto` means the first one.
 
     Args:
-        kind: of an artefact; None = the model is a bundle.
+        kind: the kind of an artefact; None = the model is a bundle.
     """
     return [row for row in BACKENDS.values() if (row.runs == "bundle" if kind is None else row.name == kind)]
 
 
 def names(rows: Iterable[Backend]) -> tuple[str, ...]:
-    """The names of some rows."""
+    """Returns the names of some rows."""
     return tuple(row.name for row in rows)
 
 
@@ -73,12 +73,12 @@ def _artefact_kinds() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Annotates a text that must be one of some names. The names are asked for at each check: the table may grow."""
+    """An annotation: the text must be one of some names, which each check looks up, since the table may grow."""
 
     names: Callable[[], tuple[str, ...]]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """What pydantic asks an annotation for."""
+        """pydantic calls this; returns the type's own schema and then the check."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def _check(self, text: str) -> str:
@@ -93,7 +93,7 @@ BackendChoice = Annotated[str, OneOf(lambda: (AUTO, *BACKENDS))]
 
 
 class LoadOptions(BaseModel):
-    """How to load a model. The server's settings are these and more (server/config)."""
+    """The options of loading a model. The server's settings inherit them (server/config)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 

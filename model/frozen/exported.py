@@ -1,4 +1,4 @@
-"""The model of an artefact with the steps of `BakedLM`: the graphs compute, this hands them the rings.
+"""The model of an artefact with the steps of `BakedLM`: it hands the rings to the graphs, which compute.
 
 Sizes: B rows, T new tokens, E width, H heads, h heads of a group, S slots, D head size, V vocabulary.
 """
@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Graphs(Protocol):
-    """What runs the three graphs of an artefact; see model/artefact.py for what goes in and comes out, in order.
+    """Runs the three graphs of an artefact; model/artefact.py lists their inputs and outputs in order.
 
     Inputs and outputs are on one device; the outputs are fresh, nothing will change them.
     """
@@ -32,19 +32,19 @@ class Graphs(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of inputs and outputs."""
         ...
 
     def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `decode`; of each number of rows the rings are the same tensors in every call."""
+        """Run the graph `decode`; calls with equal numbers of rows pass the same tensors as rings."""
         ...
 
     def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `extend`."""
+        """Run the graph `extend`."""
         ...
 
     def run_logits(self, hidden: Tensor) -> Tensor:
-        """The graph `logits`."""
+        """Run the graph `logits`."""
         ...
 
 
@@ -63,7 +63,7 @@ class ExportedLM:
         self._groups = [list(_groups(layer)) for layer in manifest.rings]
 
     def allocate(self, num_rows: int) -> RingCache:
-        """Rings for a number of live streams, all fresh."""
+        """Returns empty rings for `num_rows` streams."""
         head_size = self.config.head_size
         return RingCache(self._groups, num_rows=num_rows, head_size=head_size, dtype=self.dtype, device=self.device)
 
@@ -91,9 +91,9 @@ class ExportedLM:
 
     @torch.inference_mode()
     def last_logits(self, tokens: Tensor, cache: RingCache, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """What `extend` says of the token after the first `counts` of each row's tokens [B, T]: [B, V] fp32.
+        """Returns the logits after the first `counts` of each row's tokens [B, T]: [B, V] fp32.
 
-        The server computes logits where it needs them; others may be content with these.
+        The server does not call this: it computes logits from hidden states.
         """
         return self._run_extend(tokens, cache, rows, counts)[1]
 
@@ -117,7 +117,7 @@ class LoadGraphs(Protocol):
     """The loader of a backend that runs artefacts."""
 
     def __call__(self, artefact: Artefact, options: LoadOptions) -> Graphs:
-        """Load the graphs. Raises ArtefactError where a graph is wrong, or cannot run as the options say."""
+        """Load the graphs. Raises ArtefactError if a graph is wrong, or cannot run as the options say."""
         ...
 
 

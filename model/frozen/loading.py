@@ -1,4 +1,4 @@
-"""Loading the model of a bundle or an artefact with a backend, for the engine."""
+"""Loads the model of a bundle or an artefact with the backend that the options name."""
 
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ class LoadBundle(Protocol):
     """The loader of a backend that runs bundles."""
 
     def __call__(self, bundle: Bundle, options: LoadOptions) -> ServedLM:
-        """Load the weights. Raises BundleError where they are wrong, ValueError where an option cannot be had."""
+        """Load the weights. Raises BundleError if they are wrong, ValueError if an option is impossible here."""
         ...
 
 
@@ -38,7 +38,7 @@ def load_model(path: Path, options: LoadOptions) -> ServedLM:
 
 
 def load_torch(bundle: Bundle, options: LoadOptions) -> BakedLM:
-    """The backend `torch`: torch computes the layers one by one."""
+    """The loader of the backend `torch`, which computes the layers one by one."""
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise ValueError("device = 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")

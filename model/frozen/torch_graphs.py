@@ -1,4 +1,4 @@
-"""Graphs that torch itself runs: TorchScript in one file, or a package of compiled code (AOTInductor) a graph."""
+"""The backends `torchscript` and `pt2`: one file of TorchScript, or for each graph a package of code (AOTInductor)."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from model.frozen.served import TORCH_INVARIANT_ROWS
 
 
 class TorchGraphs:
-    """A function a graph, from tensors to tensors."""
+    """A function for each graph, from tensors to tensors."""
 
     invariant_rows = TORCH_INVARIANT_ROWS
 
@@ -23,17 +23,17 @@ class TorchGraphs:
         self._run = run
 
     def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `decode`."""
+        """Run the graph `decode`."""
         outputs: Sequence[Tensor] = self._run["decode"](*inputs)
         return outputs
 
     def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `extend`."""
+        """Run the graph `extend`."""
         outputs: Sequence[Tensor] = self._run["extend"](*inputs)
         return outputs
 
     def run_logits(self, hidden: Tensor) -> Tensor:
-        """The graph `logits`."""
+        """Run the graph `logits`."""
         outputs = self._run["logits"](hidden)
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
         return logits
@@ -80,7 +80,7 @@ def load_packages(artefact: Artefact, options: LoadOptions) -> TorchGraphs:
 
 
 def _device(artefact: Artefact, options: LoadOptions) -> torch.device:
-    """The device that the graphs were made on, the only kind that they run on, if the options allow it."""
+    """Returns the device that the graphs were made on, where alone they run. Raises ArtefactError if not allowed."""
     made_on = artefact.manifest.device or "cpu"
     if options.device not in (AUTO, made_on):
         raise ArtefactError(

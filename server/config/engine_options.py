@@ -8,7 +8,7 @@ from model.frozen.backends import LoadOptions
 
 
 class EngineOptions(LoadOptions):
-    """What the engine process is told at its start. The server's settings are these and more."""
+    """The settings that the engine process gets at its start. `Settings` adds those of the API process."""
 
     bundle: Path = Field(default=Path("bundles/default"), description="directory of the model: a bundle or an artefact")
     num_rows: int = Field(default=32, ge=1, description="sequences that are computed at the same time")

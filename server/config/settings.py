@@ -12,7 +12,7 @@ from server.config.keys import check_keys, read_key_file, split_keys
 
 
 class Settings(EngineOptions):
-    """Everything one can say to `python -m server`."""
+    """All settings of `python -m server`."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")

@@ -1,7 +1,7 @@
-"""Where the server's settings come from: a TOML file, the environment and flags; the later ones win.
+"""The sources of the server's settings: a TOML file, environment variables and flags; a later source wins.
 
-Not pydantic-settings: it neither refuses unknown variables nor tells where a value came from, and it repeats what
-follows an unknown flag, which may be an API key.
+pydantic-settings is no help here: it accepts unknown variables, does not tell where a value came from, and repeats
+the word after an unknown flag, which may be an API key.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class ConfigError(ValueError):
 
 
 def load_settings(argv: Sequence[str], *, environ: Mapping[str, str]) -> Settings:
-    """Settings from flags, else environment variables, else the TOML file that --config or ALLATTN_CONFIG names.
+    """Returns the settings from flags, environment variables and the TOML file that --config or ALLATTN_CONFIG names.
 
     Raises:
         ConfigError: an unknown flag, variable or key, a wrong type or value, or a file that cannot be read.
@@ -47,14 +47,14 @@ def load_settings(argv: Sequence[str], *, environ: Mapping[str, str]) -> Setting
 
 
 def wants_print_config(argv: Sequence[str]) -> bool:
-    """Whether --print-config is among the flags. Raises ConfigError for an unknown one."""
+    """Returns whether --print-config is among the flags. Raises ConfigError for an unknown one."""
     return PRINT_FLAG in _flags(argv)
 
 
 def describe_settings(argv: Sequence[str], *, environ: Mapping[str, str]) -> str:
-    """What `load_settings` returns, as TOML for --config, each line with the place that it comes from.
+    """Returns the settings as TOML for --config, each line with the source of its value.
 
-    API keys are only counted. Raises ConfigError as `load_settings` does.
+    The text tells the number of API keys and no key. Raises ConfigError as `load_settings` does.
     """
     loaded = _load(_flags(argv), environ=environ)
     return "".join(
@@ -66,11 +66,11 @@ def describe_settings(argv: Sequence[str], *, environ: Mapping[str, str]) -> str
 @dataclass(frozen=True)
 class _Loaded:
     settings: Settings
-    origins: Mapping[str, str]  # where each setting that is not a default comes from, in words
+    origins: Mapping[str, str]  # in words, for each setting that is not a default
 
 
 def _flags(argv: Sequence[str]) -> dict[str, Any]:
-    """What the command line sets, by setting; --config and --print-config are under their own spelling."""
+    """Returns the values on the command line by setting; --config and --print-config keep their spelling as keys."""
     found, unknown = _parser().parse_known_args(argv)
     if unknown:
         # a value is not repeated, it may be a key
@@ -125,7 +125,7 @@ def _one_line(error: ValidationError, *, origins: Mapping[str, str]) -> str:
 
 
 def _assignment(name: str, value: Any) -> str:
-    """A line of TOML, or a comment where there is nothing to write or to show."""
+    """Returns a line of TOML, or a comment if the value is not set or is secret."""
     if name == SECRET:
         return f"# {name}: {len(value)}, not shown" if value else f"# {name} is not set"
     if value is None:
@@ -139,7 +139,7 @@ def _assignment(name: str, value: Any) -> str:
 
 
 def _comment(text: str) -> str:
-    """On one line, whatever the name of a file may be."""
+    """Returns the text on one line: the name of a file may hold any character."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
@@ -158,7 +158,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    """One flag per setting, all of them texts; `Settings` alone knows types and ranges."""
+    """Returns a parser with one flag for each setting. Values stay texts: `Settings` alone knows types and ranges."""
     parser = _Parser(
         prog=sys.argv[0] if sys.argv[0].startswith("allattn ") else "python -m server",
         description="Serve the model of a bundle over HTTP.",

@@ -1,4 +1,4 @@
-"""The engine's own process: load, warm up, say Ready, then turn messages into steps until told, or left, to end.
+"""The engine process: it loads the model, warms up, sends Ready, then takes messages and computes steps until its end.
 
 `server.link.child` starts it as `python -m server.engine.process FD PARENT RUNNER OPTIONS`: the inherited end of the
 pipe, the process id of the API process, the function that makes the runner as module:function, and an `EngineOptions`
@@ -26,10 +26,10 @@ from server.protocol.frames import End, Heard
 from server.protocol.messages import AskedToEnd, Cancel, Died, FromEngine, Generate, Heartbeat, Ready, Sampling, Score
 from server.runtime import log_to_stderr, settle_garbage
 
-HEARTBEAT_S = 0.5  # at least so often the process says that its loop turns
+HEARTBEAT_S = 0.5  # the longest silence of a process whose loop turns
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-# Above that of the API process: it has little to do, and whoever waits for it waits for a stream or a refusal.
+# Nicer than the API process, which has little to compute and whose delay every client feels.
 ENGINE_NICENESS = 5
 
 log = logging.getLogger("server.engine.process")  # __name__ is __main__ here
@@ -44,12 +44,12 @@ class EngineProcess:
         self._options = options
         self._pipe = pipe
         self._asked_to_end = False  # by the API process
-        self._was_told = False  # that a signal came
+        self._was_told = False  # the API process knows of the signal
         self._last_said = time.monotonic()
         self.has_signal = False  # set by a handler
 
     def run(self) -> int:
-        """Serve until the end; the exit status."""
+        """Serve until the end; returns the exit status."""
         try:
             engine = self._start()
             while not self._asked_to_end:
@@ -60,9 +60,9 @@ class EngineProcess:
         except BundleError as error:
             self._say(Died(str(error), blames_model=True))
             return 1
-        except Exception as error:  # whatever it is, the API process must hear of it, and this process is done
+        except Exception as error:  # of any kind: the API process must know, and this process is done
             log.exception("the engine process fails")
-            self._say(Died(f"{type(error).__name__}: {error}"))  # the last thing: it is killed for it
+            self._say(Died(f"{type(error).__name__}: {error}"))  # the last message: the API process then kills this one
             return 1
 
     def _start(self) -> Engine:
@@ -76,7 +76,7 @@ class EngineProcess:
         return engine
 
     def _turn(self, engine: Engine) -> None:
-        """Hear all there is to hear, waiting for it only where there is nothing to do; then one step."""
+        """Take all messages, waiting only if there is nothing to compute; then compute one step."""
         for message in self._pipe.take(0 if engine.has_work else HEARTBEAT_S):
             self._hear(engine, message)
         if engine.has_work:
@@ -125,14 +125,14 @@ def warm_up(engine: Engine) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when the parent is gone, even while it is stopped or hangs in a library.
+    """Let the kernel kill this process when the parent is gone, even if this process is stopped or hangs in a library.
 
-    Linux only; elsewhere the end of the pipe alone ends it, as soon as it runs.
+    On other systems than Linux the process ends when it next reads its pipe.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # the parent was gone before the call above
         os._exit(1)
 
 

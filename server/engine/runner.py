@@ -17,7 +17,7 @@ from server.protocol.messages import EngineFacts, Sampling
 
 
 class ModelRunner:
-    """Runs a model. Rows are lanes of one `RingCache`; decoding touches rows 0 .. the highest in use."""
+    """Runs a model. Its rows are those of one `RingCache`; a decode step computes rows 0 .. the highest in use."""
 
     def __init__(self, model: ServedLM, options: EngineOptions) -> None:
         self.num_rows = options.num_rows
@@ -53,7 +53,7 @@ class ModelRunner:
         self.history.move(source, target)
 
     def snapshot(self, row: int) -> object:
-        """A copy of a row's whole state."""
+        """Returns a copy of a row's whole state."""
         return self.cache.snapshot(row), self.history.snapshot(row)
 
     def restore(self, row: int, snapshot: object) -> None:
@@ -83,7 +83,7 @@ class ModelRunner:
             self._draw(logits, Draws([sampling] * count, device=self.model.device), [Draw(sampling, 1, 1)] * count)
             decoded.append(logits[0].clone())
         lengths = sorted({_padded(size) for size in range(1, self._chunk_tokens + 1)})
-        alike = [self._reads_alike(num_new) for num_new in lengths]  # each of them once, whatever comes out
+        alike = [self._reads_alike(num_new) for num_new in lengths]  # a list: every length has to run once
         read_alike = all(alike)
         self._reads_together = read_alike or not self._batch_invariant or self.model.device.type != "cpu"
         decode_alike = all(torch.equal(logits, decoded[0]) for logits in decoded)
@@ -102,7 +102,7 @@ class ModelRunner:
         )
 
     def _reads_alike(self, num_new: int) -> bool:
-        """Whether a stretch of so many tokens has the same bits alone, beside one other, and in a full batch."""
+        """Returns whether `num_new` tokens give the same bits alone, beside one other row, and in a full batch."""
         tokens = np.arange(num_new, dtype=np.int32) % self.model.config.vocab_size
         found = []
         for count in sorted({1, min(2, self.num_rows), self.num_rows}):
@@ -113,7 +113,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def extend(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
-        """Read stretches of prompts and documents, one a row; draw or score where a chunk asks for it.
+        """Read chunks of prompts and documents, one for each row; draw or score if the chunk asks for it.
 
         Chunks that are padded to one length are read together, unless that could change their numbers. The length
         depends on the chunk alone, and so do the numbers that come out.
@@ -132,13 +132,13 @@ class ModelRunner:
             for place, i in enumerate(indices):
                 scores = self._score(some[place], hidden[place], None if shares is None else shares[place])
                 results[i] = ChunkResult(drawn[place], scores)
-        for rows, new, counts in commits:  # not before everything has worked
+        for rows, new, counts in commits:  # only after all of it has worked
             self.cache.commit(rows, new, counts)
         return [results[i] for i in range(len(chunks))]
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]) -> list[Drawn]:
-        """One step of the rows that generate: feed each its last token, draw the next, in the order of `rows`."""
+        """Feed each row that generates its last token and draw the next; returns the draws in the order of `rows`."""
         logits, new = self._step(rows, tokens)
         num_fed = len(logits)
         if list(rows) != list(range(num_fed)):
@@ -153,13 +153,13 @@ class ModelRunner:
         return drawn
 
     def _step(self, rows: Sequence[int], tokens: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, V] and new keys and values of rows 0 .. the highest; the idle ones are fed anything."""
+        """Returns logits [B, V] and new keys and values of rows 0 .. the highest; idle rows are fed token 0."""
         fed = np.zeros(max(max(rows) + 1, self._min_rows), dtype=np.int64)
         fed[list(rows)] = tokens
         return self.model.decode(self._to_device(fed), self.cache)
 
     def _stretch(self, chunks: Sequence[Chunk], *, num_new: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Hidden states [B, T, E], new keys and values, and shares of attention on persistent vectors if asked for."""
+        """Returns hidden states [B, T, E], new keys and values, and persistent shares of attention if asked for."""
         rows = [chunk.row for chunk in chunks]
         tokens = np.zeros((len(chunks), num_new), dtype=np.int64)
         for line, chunk in zip(tokens, chunks, strict=True):
@@ -171,7 +171,7 @@ class ModelRunner:
     def _draw_fed(
         self, logits: Tensor, prepared: Draws, draws: Sequence[Draw], rows: Sequence[int], fed: Sequence[int]
     ) -> list[Drawn]:
-        """Draw in rows whose last token, just `fed`, counts for penalties; not so if drawing fails."""
+        """Count each row's `fed` token for its penalties, then draw; if drawing fails, the tokens are not counted."""
         if not prepared.penalised:
             return self._draw(logits, prepared, draws)
         places, tokens = self._to_device(np.array(rows, dtype=np.int64)), self._to_device(np.array(fed, dtype=np.int64))
@@ -183,7 +183,7 @@ class ModelRunner:
             raise
 
     def _draw(self, logits: Tensor, prepared: Draws, draws: Sequence[Draw], rows: Sequence[int] = ()) -> list[Drawn]:
-        """One object for each line of the logits [B, V]; the only place where the host waits for the device."""
+        """Returns a token for each line of the logits [B, V]; the only place where the host waits for the device."""
         batch = draw(
             logits,
             prepared,
@@ -200,7 +200,7 @@ class ModelRunner:
         return list(map(Drawn, tokens, logprobs, tops))
 
     def _draw_ends(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[tuple[Drawn, ...]]:
-        """For each chunk, what is drawn after its last token; nothing where its prompt goes on."""
+        """Returns for each chunk the tokens drawn after its last one; none if the prompt goes on."""
         for chunk in chunks:
             if chunk.penalised:  # marking twice does no harm
                 self.history.read(chunk.row, self._to_device(chunk.tokens.astype(np.int64)))
@@ -217,7 +217,7 @@ class ModelRunner:
         return [tuple(next(drawn) for _ in chunk.draws) for chunk in chunks]
 
     def _score(self, chunk: Chunk, hidden: Tensor, shares: Tensor | None) -> ChunkScores | None:
-        """Figures of the targets of a chunk from its hidden states [T, E] and shares [T, layers]."""
+        """Returns the scores of a chunk's targets from its hidden states [T, E] and shares [T, layers]."""
         if chunk.targets is None:
             return None
         count = len(chunk.targets)
@@ -237,7 +237,7 @@ class ModelRunner:
 
 
 def _padded(num_tokens: int) -> int:
-    """The length a chunk is computed at: few shapes to warm up, and all that batch invariance needs."""
+    """Returns the length that a chunk is padded to: few lengths to warm up, each of which is batch-invariant."""
     return next((size for size in (4, 8) if num_tokens <= size), -(-num_tokens // 16) * 16)
 
 
@@ -246,5 +246,5 @@ def _numpy(tensor: Tensor | None) -> np.ndarray | None:
 
 
 def _same(left: Sequence[Sampling], right: Sequence[Sampling]) -> bool:
-    """Whether both hold the very same objects, which is what one batch composition over many steps means."""
+    """Returns whether both hold the very same objects, as they do while the rows of a batch stay the same."""
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))

@@ -1,4 +1,4 @@
-"""One engine process, from its start to its end, as the API process sees it. Knows nothing of sequences."""
+"""One engine process, from its start to its end, as the API process sees it. Knows no sequences."""
 
 import asyncio
 import contextlib
@@ -14,17 +14,17 @@ from server.config import EngineOptions
 from server.protocol.frames import End, Frames, encode_frame, socket_pair
 from server.protocol.messages import Died, FromEngine, ToEngine
 
-LAST_WORDS_S = 1.0  # for what a process that has ended left in the pipe
+LAST_WORDS_S = 1.0  # to read what a process that has ended left in the pipe
 REAP_S = 5.0  # a killed process that is not gone by then hangs in the kernel: nobody can do more about it
 
 
 class Child(asyncio.Protocol):
-    """The process and its pipe. The end of either is the end of both."""
+    """The engine process and its pipe. If one of them ends, this class ends the other."""
 
-    ended: asyncio.Task[Died]  # done when the process is gone and all it said was heard; its result says why
+    ended: asyncio.Task[Died]  # done when the process is gone and its last message was read; tells why
 
     def __init__(self, hear: Callable[[FromEngine], None]) -> None:
-        """hear: called with each message, in order, until the end or `kill`. Use `start`."""
+        """Use `start`. hear: called with each message, in order, until the end or `kill`."""
         self._hear = hear
         self._why: Died | None = None
         self._deaf = False
@@ -67,18 +67,18 @@ class Child(asyncio.Protocol):
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The id of the process."""
         assert self._process is not None
         return self._process.pid
 
     def send(self, message: ToEngine | End) -> None:
-        """Say something; nobody hears it where the process is gone."""
+        """Send a message; it is lost if the process is gone."""
         assert self._transport is not None
         if not self._transport.is_closing():
             self._transport.write(encode_frame(message, encoder=self._encoder))
 
     def kill(self) -> None:
-        """End it now; nothing is heard from it any more."""
+        """End the process now; `hear` is not called any more."""
         self._deaf = True
         if self._transport is not None:
             self._transport.abort()
@@ -89,11 +89,11 @@ class Child(asyncio.Protocol):
         await asyncio.wait([self.ended], timeout=REAP_S)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The protocol's start."""
+        """asyncio calls this once, at the start."""
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """The hot path: once or so for each step of the engine."""
+        """asyncio calls this with new bytes, about once for each step of the engine: the hot path."""
         for body in self._frames.feed(data):
             if self._deaf:
                 return
@@ -105,7 +105,7 @@ class Child(asyncio.Protocol):
                 self._hear(message)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The protocol's end: a process that cannot be heard is of no use."""
+        """asyncio calls this once, at the end of the pipe; a process without a pipe is of no use, so it is killed."""
         if exc is not None and not isinstance(exc, OSError):
             self._why = Died(f"its messages cannot be taken: {type(exc).__name__}: {exc}")
         self._lost.set_result(None)

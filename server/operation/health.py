@@ -1,4 +1,4 @@
-"""GET /health and its probes, and GET /info: what is served, by what, within which limits."""
+"""GET /health with its probes, GET /info (the model, the engine, the limits) and GET /model/spans."""
 
 import math
 from importlib.metadata import version
@@ -21,11 +21,11 @@ LIMITS = (
     "max_body_bytes",
     "max_behind",
     "timeout_s",
-)  # settings that clients meet
+)  # settings that a client's request can run into
 
 
 class EngineHealth(Struct, frozen=True):
-    """Is the engine's loop turning."""
+    """The engine process and its last signs of life."""
 
     pid: int | None
     heartbeat_age_s: float | None
@@ -34,28 +34,28 @@ class EngineHealth(Struct, frozen=True):
 
 
 class RowsHealth(Struct, frozen=True):
-    """Lanes of the batch."""
+    """Used and free rows of the batch."""
 
     used: int
     free: int
 
 
 class QueueHealth(Struct, frozen=True):
-    """What waits for a row."""
+    """Sequences that wait for a row."""
 
     requests: int  # sequences
     tokens: int  # prompt tokens that are still to be read
 
 
 class ModelHealth(Struct, frozen=True):
-    """Which model."""
+    """The served model."""
 
     name: str
     hash: str
 
 
 class HealthReply(Struct, frozen=True):
-    """GET /health."""
+    """The answer to GET /health."""
 
     state: LinkState
     failure: str
@@ -76,7 +76,7 @@ _EXAMPLE = HealthReply(
 
 
 def health_router(service: Service) -> APIRouter:
-    """The endpoints for operators."""
+    """Returns a router with the endpoints for operators."""
     router = APIRouter(tags=["others"])
 
     @router.get("/health", summary="State in full", responses={200: openapi.ok(HealthReply, example=_EXAMPLE)})
@@ -124,7 +124,7 @@ def _health(service: Service) -> HealthReply:
 
 
 def _finite(seconds: float) -> float | None:
-    """None before the first heartbeat or step."""
+    """Returns None instead of infinity, which stands for no heartbeat or step yet."""
     return seconds if math.isfinite(seconds) else None
 
 
@@ -158,7 +158,7 @@ def _info(service: Service) -> dict[str, Any]:
 
 
 def _spans(service: Service) -> dict[str, Any]:
-    """How far each head looks back, for a picture."""
+    """Returns how far each head looks back, for a picture."""
     config, ready = service.bundle.config, service.link.ready
     if ready is None:
         raise service.unavailable() or Starting("the model is being loaded")
