@@ -22,9 +22,9 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.paper import PAPER, write_paper_bundle
+from export.run import FORMATS
 
 ROOT = Path(__file__).parents[1]
-FORMATS = ("torchscript", "onnx", "onnx-int8", "onnx-int4", "onnx-fp16", "pt2")
 STARTS = 3
 Row = dict[str, Any]
 

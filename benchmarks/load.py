@@ -43,8 +43,6 @@ NUM_PROMPTS = 512
 WINDOW_BYTES = 64  # of text for each token of a prompt, more than any tokenizer needs
 WARM_UP_S = 2.0
 BUSY_S = 120.0  # a server whose rows are not all busy by then does not work
-RUNNER_SETTINGS = {"num_rows", "dtype", "device", "num_threads", "batch_invariant"}
-ENGINE_SETTINGS = {"chunk_tokens", "budget_tokens", "prefill_ms"}
 Row = dict[str, Any]
 
 
@@ -245,10 +243,9 @@ def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[st
     from server.engine.runner import ModelRunner
 
     settings = load_settings(["--bundle", str(args.bundle), *flags_of(args.set)], environ={})
-    runner = ModelRunner.load(settings.bundle, **settings.model_dump(include=RUNNER_SETTINGS))
-    runner.warm_up(settings.chunk_tokens)
-    engine = Engine(runner, **settings.model_dump(include=ENGINE_SETTINGS))
-    level = partial(engine_level, engine, prompts, num_rows=settings.num_rows, args=args)
+    runner = ModelRunner.load(settings)
+    runner.warm_up()
+    level = partial(engine_level, Engine(runner, settings), prompts, num_rows=settings.num_rows, args=args)
     return {str(size): level(size) for size in args.concurrency}
 
 

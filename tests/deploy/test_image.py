@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from server.config import Settings, load_settings
-from server.config.settings import ENV_PREFIX
+from server.config.sources import ENV_PREFIX
 from tests.support.http_harness import make_link, serving
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from allattn import generate as terminal
 from allattn.__main__ import BENCH, COMMANDS
 from server import reference
 from server.config import Settings
-from server.config.settings import ENV_PREFIX
+from server.config.sources import ENV_PREFIX
 from server.requests.metrics import Metrics
 from tests.support.artefacts import SHIPPED, shipped_folder
 from tests.support.live_server import live_server

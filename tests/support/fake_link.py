@@ -6,7 +6,19 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 
 from server.link.mailbox import Stream
-from server.protocol.messages import Ended, Extras, Generate, LinkState, Ready, Score, Scores, Step, Timings, Token
+from server.protocol.messages import (
+    Ended,
+    EngineFacts,
+    Extras,
+    Generate,
+    LinkState,
+    Ready,
+    Score,
+    Scores,
+    Step,
+    Timings,
+    Token,
+)
 
 TIMINGS = Timings(queue_ms=1.0, prefill_ms=2.0, decode_ms=3.0)
 NUM_LAYERS = 3
@@ -30,16 +42,19 @@ class FakeLink:
         self.state: LinkState = "ready"
         self.ready: Ready | None = Ready(
             pid=1,
-            backend="torch",
-            device="cpu",
-            dtype="float32",
-            weights="float32",
-            num_rows=2,
-            state_bytes_per_row=64,
-            batch_invariant=True,
-            spans=((32, 40),),
+            facts=EngineFacts(
+                backend="torch",
+                device="cpu",
+                dtype="float32",
+                weights="float32",
+                num_rows=2,
+                state_bytes_per_row=64,
+                batch_invariant=True,
+                spans=((32, 40),),
+            ),
         )
         self.failure = ""
+        self.blames_model = False
         self.asked_to_end = False
         self.restarts = 0
         self.heartbeat_age_s = 0.1

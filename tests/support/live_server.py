@@ -28,3 +28,10 @@ def live_server(bundle: Path, *arguments: str, keys: str = "") -> Iterator[str]:
             server.send_signal(signal.SIGTERM)
             status = server.wait(timeout=60)
     assert status == 0
+
+
+def refused_server(bundle: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A whole server, which must end by itself."""
+    command = [sys.executable, "-m", "server", "--bundle", str(bundle), "--port", "0", "--num-rows", "2", *flags]
+    environment = {**os.environ, "TMPDIR": str(bundle.parent)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
