@@ -23,11 +23,6 @@ MAX_BYTES = 60_000
 KEY = "correct-horse-battery"
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def read(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 

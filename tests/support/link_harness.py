@@ -19,7 +19,6 @@ from server.protocol.messages import Ended, Generate, Sampling, Score, Scores, T
 ROOT = Path(__file__).parents[2]
 RUNNER = "tests.support.fake_runner:FakeRunner.load"
 FOR_EVER = 10**9  # tokens
-UVLOOP = "asyncio", {"use_uvloop": True}  # the loop of the server
 
 
 @contextmanager

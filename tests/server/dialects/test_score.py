@@ -28,11 +28,6 @@ PER_UNIT = ["perplexity", "word_perplexity", "bits_per_token", "bits_per_byte", 
 FIGURES = ["num_tokens", "num_bytes", "num_chars", "num_words", "logprob", *PER_UNIT]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def score(link: ScoringLink | None = None, **body: Any) -> Any:
     reply = await post(link, **body)
     assert reply.status_code == 200, reply.text

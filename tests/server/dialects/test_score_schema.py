@@ -9,11 +9,6 @@ from tests.support.http_harness import make_client
 from tests.support.scoring_link import ScoringLink
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.mark.parametrize("prefix", [None, "a", 0])
 def test_a_prefix_is_a_text_or_an_id_or_nothing(prefix):
     assert parse(json.dumps({"inputs": "a", "prefix": prefix}).encode(), model=ScoreRequest).prefix == prefix

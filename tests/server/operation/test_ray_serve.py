@@ -40,11 +40,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`serve run` with two replicas; gives the file of its output."""
     output = tmp_path_factory.mktemp("ray") / "output"
