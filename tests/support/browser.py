@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
-MISSING = "no Chromium: apt-get install -y --no-install-recommends chromium-headless-shell"
+MISSING = "no Chromium: make browser, as root on Debian"
 
 
 @contextmanager
