@@ -27,7 +27,7 @@ test-fast: .venv
 
 # Ray listens on every interface, so the tests get a network that has the loopback interface alone.
 test-ray: .venv-ray
-	unshare -rn sh -c 'ip link set lo up && exec .venv-ray/bin/python -m pytest -q -m ray tests/server'
+	unshare -rn sh -c 'ip link set lo up && exec .venv-ray/bin/python -m pytest -q tests/server/operation/test_ray_serve.py'
 
 check: .venv
 	.venv/bin/ruff check .
