@@ -223,7 +223,11 @@ async def test_a_replica_killed_under_load_ends_its_streams_with_an_error_and_co
             if reply.status_code == 503:
                 assert reply.json()["error"]["code"] == "engine_down"
                 assert int(reply.headers["retry-after"]) >= 1
-        assert not Path(f"/proc/{victim}").exists()
+
+        async def is_gone() -> bool:
+            return not Path(f"/proc/{victim}").exists()
+
+        await until(is_gone, within_s=5)
 
         async def is_back() -> bool:
             return len(await health_of_all(client)) == 2
