@@ -22,7 +22,7 @@ import numpy as np
 import uvloop
 from tqdm import tqdm
 
-from benchmarks.client import Address, Reply, ServerProcess, ask, encode_request, machine
+from benchmarks.client import Address, Reply, ask, encode_request
 from benchmarks.load import (
     PAPER,
     SHAKESPEARE,
@@ -35,6 +35,7 @@ from benchmarks.load import (
     spread,
     write_paper_bundle,
 )
+from benchmarks.server_process import ServerProcess, machine
 
 NUM_STREAMS = 16
 DOCUMENT_BYTES = 500_000
