@@ -1,4 +1,4 @@
-"""The playground without a browser: what is served, and that the page asks for nothing that the API does not have."""
+"""The files of the page, without a browser: how they are served, and that they ask for nothing that the API lacks."""
 
 import re
 from html.parser import HTMLParser
