@@ -1,6 +1,6 @@
-# make serve | train | test | test-fast | test-ray | check | bench | soak | docs | docker-check | clean: each sets up the
-# Python packages that it needs in .venv (test-ray: in .venv-ray). `PYTHON=python3.12 make serve` picks another
-# interpreter. make test-tools | browser | promtool | compiler install programs that tests need, as root on Debian.
+# make serve | train | test | test-fast | test-ray | check | bench | soak | docs | docker-check | clean. Each sets up the
+# Python packages that it needs in .venv (test-ray in .venv-ray). `PYTHON=python3.12 make serve` picks another
+# interpreter. make test-tools | browser | promtool | compiler: install programs that tests need, as root on Debian.
 PYTHON ?= python3
 BUNDLE ?= bundles/default
 PORT ?= 8000
@@ -11,7 +11,8 @@ RUN = .venv/bin/python
 
 APT = apt-get -qq -o DPkg::Lock::Timeout=300
 
-.PHONY: serve train test test-fast test-ray check bench soak docs docker-check clean test-tools apt-lists browser promtool compiler
+.PHONY: serve train test test-fast test-ray check bench soak docs docker-check clean
+.PHONY: test-tools apt-lists browser promtool compiler
 
 serve: .venv
 	@$(RUN) -m server --bundle $(BUNDLE) --port $(PORT)
