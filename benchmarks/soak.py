@@ -29,9 +29,9 @@ from urllib.request import urlopen
 import uvloop
 from tqdm import tqdm
 
-from benchmarks import client
-from benchmarks.client import Address, Connection, Reply, ServerProcess, encode_request
+from benchmarks.client import Address, Connection, Reply, ask, encode_request
 from benchmarks.load import SHAKESPEARE, flags_of
+from benchmarks.server_process import ServerProcess, get_json, is_alive, machine, resident_bytes
 
 SMALL = flags_of(["num_rows=8", "max_waiting=16", "max_behind=64", "max_restarts=1000000"])
 NUM_CLIENTS, BURST = 20, 60
@@ -269,7 +269,7 @@ class Soak:
         if case.cancel_after is None:
             return
         await asyncio.sleep(case.cancel_after)
-        reply = await client.ask(self.address, encode_request("DELETE", f"/requests/{case.name}"), timeout_s=ENDING_S)
+        reply = await ask(self.address, encode_request("DELETE", f"/requests/{case.name}"), timeout_s=ENDING_S)
         if reply.error or reply.status not in (200, 404):
             self._complain(f"DELETE {case.name}: {reply.error or reply.status}")
 
@@ -300,7 +300,7 @@ class Soak:
 
     async def _health(self) -> dict[str, Any]:
         """Raises OSError where the API process does not answer."""
-        health: dict[str, Any] = await asyncio.to_thread(client.get_json, self.address, "/health")
+        health: dict[str, Any] = await asyncio.to_thread(get_json, self.address, "/health")
         return health
 
     async def _watch(self) -> None:
@@ -313,7 +313,7 @@ class Soak:
                 bar.set_postfix(requests=self.endings.total(), kills=len(self.outages), wrong=len(self.problems))
                 try:
                     engine = (await self._health())["engine"]["pid"]
-                    self.samples.append((client.resident_bytes(self.pid) or 0, engine, client.resident_bytes(engine)))
+                    self.samples.append((resident_bytes(self.pid) or 0, engine, resident_bytes(engine)))
                 except OSError as error:
                     self._complain(f"/health: {error}")
                 await asyncio.sleep(every)
@@ -355,7 +355,7 @@ def settle(server: ServerProcess, soak: Soak, *, minutes: float) -> dict[str, An
     status = server.stop()
     told = [line for line in server.log.read_text(errors="replace").splitlines() if '"finish_reasons"' in line]
     logged = sum(json.loads(line)["sequences"] for line in told)  # by the server's log
-    left = [pid for pid in engines if client.is_alive(pid)]
+    left = [pid for pid in engines if is_alive(pid)]
     books = {"known": soak.num_admitted, "maybe": soak.num_maybe, "finished": finished, "logged": logged}
     sizes = memory(soak.samples)
     grew = minutes >= JUDGED_MINUTES and any(one["grew"] for one in (sizes["api"], *sizes["engines"]))
@@ -389,7 +389,7 @@ def main(argv: Sequence[str]) -> int:
     for name, value in {**endings, **result["sequences"], **result["checks"]}.items():
         print(f"{name:>28} {value}")
     facts = {"benchmark": "soak", "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    facts |= {"machine": client.machine(), "minutes": args.minutes, "seed": args.seed, "kills": len(soak.outages)}
+    facts |= {"machine": machine(), "minutes": args.minutes, "seed": args.seed, "kills": len(soak.outages)}
     print(line := json.dumps({**facts, "requests": soak.endings.total(), "endings": endings, **result}))
     if args.out:
         args.out.write_text(line + "\n")

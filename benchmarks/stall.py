@@ -22,9 +22,10 @@ import numpy as np
 import uvloop
 from tqdm import tqdm
 
-from benchmarks.client import Address, Reply, ServerProcess, ask, encode_request, machine
+from benchmarks.client import Address, Reply, ask, encode_request
 from benchmarks.load import SHAKESPEARE, Crowd, encode_generate, figures, flags_of, lengths_of, real_prompts, spread
 from benchmarks.paper import PAPER, write_paper_bundle
+from benchmarks.server_process import ServerProcess, machine
 
 NUM_STREAMS = 16
 DOCUMENT_BYTES = 500_000

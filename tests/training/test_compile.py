@@ -43,7 +43,7 @@ def losses(folder: Path, *flags: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile: make compiler")
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 def test_a_compiled_run_has_the_same_losses(tmp_path):
     plain = losses(tmp_path)
