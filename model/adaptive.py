@@ -45,7 +45,7 @@ def clusters_of(config: ModelConfig) -> list[Cluster]:
 
 
 class AdaptiveEmbedding(nn.Module):
-    """The adaptive input embedding. As in the official code, tables start as N(0, 1); projections are torch's default."""
+    """The adaptive input embedding, initialised as in the official code: tables N(0, 1), projections as torch does."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

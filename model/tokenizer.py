@@ -31,7 +31,7 @@ _WORD = r"\n|[^\s\x1c-\x1f]+"  # the line end, and the words of str.split(), whi
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """For each printable character of GPT-2's byte-level alphabet the byte that it stands for, in the order of bytes."""
+    """GPT-2's byte-level alphabet: for each printable character the byte that it stands for, sorted by byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     same = [letter for letter in letters if ord(letter) < 256]  # letters that stand for the byte of their own code
     missing = sorted(set(range(256)) - set(map(ord, same)))
@@ -195,10 +195,10 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, eos: bool = False) -> Bp
 
 
 def train_words(texts: Iterable[str], *, vocab_size: int | None = None) -> WordTokenizer:
-    """Train a word tokenizer: the `vocab_size` most frequent words of `texts` (None: all words), the most frequent first.
+    """Train a word tokenizer: the `vocab_size` most frequent words of `texts`, most frequent first.
 
-    Words of equal count are sorted by spelling. The line end counts as a word, and "<unk>" counts all dropped words.
-    No text may begin or end inside a word.
+    None keeps all words. Words of equal count are sorted by spelling. The line end counts as a word, and "<unk>" counts
+    all dropped words. No text may begin or end inside a word.
 
     Raises:
         TokenizerError: `vocab_size` is below 2 or above the number of words.

@@ -41,8 +41,8 @@ class AllAttentionLM(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # recompute the activations inside each layer in the backward pass
-        # Cache the keys and values of earlier blocks instead of the inputs of the layer. They need not be computed again,
-        # but they come from older weights, and the projections get no gradient from them.
+        # Cache the keys and values of earlier blocks instead of the inputs of the layer: nothing is computed again, but
+        # the keys and values come from older weights, and the projections get no gradient from them.
         self.cache_keys = False
         adaptive = config.embedding == "adaptive"
         self.embedding = AdaptiveEmbedding(config) if adaptive else nn.Embedding(config.vocab_size, config.width)
