@@ -1,8 +1,8 @@
-"""`python -m training.import_official checkpoint.pt OUT --vocab TRAIN.TXT`: what the paper's code saves, as a bundle.
+"""`python -m training.import_official checkpoint.pt OUT --vocab TRAIN.TXT`: import a checkpoint of the paper's code.
 
-The code is github.com/facebookresearch/adaptive-span. Its files say neither what their ids stand for nor how long the
-soft edge of a span is: `--vocab` and `--span-ramp` do. The bundle computes what that code computes, zero vectors before
-the stream began included (`empty_slots = "zero"`).
+The code is github.com/facebookresearch/adaptive-span. Its checkpoints contain neither the meaning of the ids nor the
+length of a span's ramp, so `--vocab` and `--span-ramp` give them. The bundle computes the same as that code, including
+the zero vectors before a stream began (`empty_slots = "zero"`).
 """
 
 import argparse
@@ -33,7 +33,7 @@ BYTES = "bytes"
 
 
 def main(argv: list[str]) -> int:
-    """Read a checkpoint and its vocabulary and write the bundle; returns the exit status."""
+    """Read a checkpoint and its vocabulary, and write the bundle; returns the exit status."""
     options = _parser().parse_args(argv)
     try:
         import_checkpoint(options)
@@ -48,10 +48,10 @@ def main(argv: list[str]) -> int:
 
 
 def import_checkpoint(options: argparse.Namespace) -> None:
-    """Write the bundle that the command line asks for.
+    """Write the bundle that the command line describes.
 
     Raises:
-        OfficialCheckpointError, VocabularyError, BundleError: the checkpoint, its text or `out` cannot be used.
+        OfficialCheckpointError, VocabularyError, BundleError: the checkpoint, the text or `out` cannot be used.
     """
     config, tensors = convert(
         read_checkpoint(options.checkpoint),
@@ -79,10 +79,10 @@ def vocabulary_of(config: ModelConfig, *, source: str, symbols: Symbols | None =
 
     Args:
         source: "bytes", or the path of the train.txt that the model was trained on.
-        symbols: what the tokens of that text are; None finds out.
+        symbols: the kind of tokens in that text; None infers it from the text.
 
     Raises:
-        VocabularyError: the text is not the checkpoint's.
+        VocabularyError: the text does not belong to the checkpoint.
     """
     adaptive = config.embedding == "adaptive"
     if source == BYTES and symbols not in (None, BYTES):
@@ -104,7 +104,7 @@ def vocabulary_of(config: ModelConfig, *, source: str, symbols: Symbols | None =
 def import_facts(
     checkpoint: Path, config: ModelConfig, tensors: dict[str, Tensor], vocabulary: Vocabulary, *, source: str
 ) -> dict[str, Any]:
-    """Where the bundle comes from, as plain values: what config.json keeps and `import_card` tells."""
+    """The origin of the bundle as plain values, for config.json and `import_card`."""
     num_unused = vocabulary.tokenizer.vocab_size - len(set(vocabulary.ids) - {None})
     return {
         "imported_from": checkpoint.name,
