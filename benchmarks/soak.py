@@ -225,9 +225,7 @@ class Soak:
         self.problems: list[str] = []
         self.num_admitted = self.num_maybe = 0  # sequences that were admitted; that may have been admitted
         self.outages: list[list[float]] = []
-        self.samples: list[
-            tuple[int, int | None, int | None]
-        ] = []  # bytes of the API process, pid and bytes of the engine
+        self.samples: list[tuple[int, int | None, int | None]] = []  # bytes of API; pid, bytes of engine
         self._args = args
         self._rng = random.Random(args.seed)
         self._stop = asyncio.Event()
@@ -237,7 +235,7 @@ class Soak:
         clients = [self._client(random.Random(f"{self._args.seed}-{i}")) for i in range(NUM_CLIENTS)]
         await asyncio.gather(self._watch(), self._kill_engines(), *clients)
         if not await self._becomes(lambda health: health["rows"]["used"] == health["queue"]["requests"] == 0, QUIET_S):
-            self._report_problem(f"not quiet at the end: {await self._health()}")
+            self._report(f"not quiet at the end: {await self._health()}")
 
     async def _client(self, rng: random.Random) -> None:
         while not self._stop.is_set():
@@ -265,7 +263,7 @@ class Soak:
         elif ending not in ("refused", "rejected"):
             self.num_maybe += case.num_sequences
         if ending.startswith("lost"):
-            self._report_problem(f"{case.kind} {case.name} {ending}")
+            self._report(f"{case.kind} {case.name} {ending}")
 
     async def _cancel(self, case: Case) -> None:
         if case.cancel_after is None:
@@ -273,7 +271,7 @@ class Soak:
         await asyncio.sleep(case.cancel_after)
         reply = await client.ask(self.address, encode_request("DELETE", f"/requests/{case.name}"), timeout_s=ENDING_S)
         if reply.error or reply.status not in (200, 404):
-            self._report_problem(f"DELETE {case.name}: {reply.error or reply.status}")
+            self._report(f"DELETE {case.name}: {reply.error or reply.status}")
 
     async def _kill_engines(self) -> None:
         """Kill the engine at random moments; every fourth time stop it instead, which looks like a hang."""
@@ -289,7 +287,7 @@ class Soak:
             if not await self._becomes(
                 lambda h, old=pid: h["state"] == "ready" and h["engine"]["pid"] != old, RECOVERY_S
             ):
-                self._report_problem(f"no new engine within {RECOVERY_S:.0f} s of the end of {pid}")
+                self._report(f"no new engine within {RECOVERY_S:.0f} s of the end of {pid}")
             outage[1] = time.perf_counter()
 
     async def _becomes(self, condition: Callable[[dict[str, Any]], bool], seconds: float) -> bool:
@@ -317,11 +315,11 @@ class Soak:
                     engine = (await self._health())["engine"]["pid"]
                     self.samples.append((client.resident_bytes(self.pid) or 0, engine, client.resident_bytes(engine)))
                 except OSError as error:
-                    self._report_problem(f"/health: {error}")
+                    self._report(f"/health: {error}")
                 await asyncio.sleep(every)
         self._stop.set()
 
-    def _report_problem(self, problem: str) -> None:
+    def _report(self, problem: str) -> None:
         self.problems.append(problem)
         tqdm.write(f"LOST {problem}", file=sys.stderr)
 
