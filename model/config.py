@@ -23,7 +23,7 @@ class ModelShape(BaseModel):
         default=0.0, ge=0, lt=1, description="on the attention probabilities, context and persistent"
     )
     embedding_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="on the input embeddings, and on what is matched with the output ones"
+        default=0.0, ge=0, lt=1, description="on the input embeddings and on the input of the output layer"
     )
     embedding: Literal["plain", "adaptive"] = Field(
         default="plain", description="adaptive = adaptive input and adaptive softmax with tied weights, for words"

@@ -102,8 +102,8 @@ class OptimConfig(Section):
 class EvalConfig(Section):
     """The validation during training."""
 
-    every_steps: int = Field(default=500, ge=1, description="steps between two looks at the validation split")
-    tokens: int = Field(default=100_000, ge=1, description="of the validation split, at each look")
+    every_steps: int = Field(default=500, ge=1, description="steps between two validations")
+    tokens: int = Field(default=100_000, ge=1, description="tokens of the validation split for each validation")
 
 
 class CheckpointConfig(Section):
@@ -131,17 +131,17 @@ class RunConfig(BaseSettings):
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads; empty = as many as cores")
     compile: bool = Field(default=False, description="torch.compile the layers")
     checkpoint_activations: bool = Field(
-        default=False, description="compute the inside of each layer again in the backward pass, to save memory"
+        default=False, description="recompute the activations of each layer in the backward pass, to save memory"
     )
     cache: Literal["inputs", "keys"] = Field(
         default="inputs",
-        description="what earlier blocks leave behind: each layer's inputs, of which keys and values are made anew, or "
-        "the keys and values they had: faster, in twice the memory, without a gradient from later blocks",
+        description="inputs = keep each layer's inputs of earlier blocks and compute keys and values from them again; "
+        "keys = keep the keys and values: faster, in twice the memory, without a gradient from later blocks",
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="under torchrun: whole copies, or weights and optimizer cut in parts (FSDP2)"
     )
-    notes: Path | None = Field(default=None, description="Markdown that the bundle's card shall contain")
+    notes: Path | None = Field(default=None, description="Markdown file that the bundle's README includes")
     model: ModelShape
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -46,21 +46,21 @@ class EvaluationError(ValueError):
 
 def main(argv: Sequence[str]) -> int:
     """Score a split of a corpus with a bundle and print the figures; returns the exit status."""
-    asked = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        device = _device(asked.device)
-        bundle = open_bundle(asked.bundle)
-        tokens = read_split(asked, bundle.tokenizer)
-        model = load_baked(bundle, dtype=DTYPES[asked.dtype], device=device)
+        device = _device(args.device)
+        bundle = open_bundle(args.bundle)
+        tokens = read_split(args, bundle.tokenizer)
+        model = load_baked(bundle, dtype=DTYPES[args.dtype], device=device)
         begun = time.monotonic()
-        score = score_tokens(model, bundle.tokenizer, tokens, label=asked.split)
+        score = score_tokens(model, bundle.tokenizer, tokens, label=args.split)
         seconds = time.monotonic() - begun
     except (BundleError, CorpusError, EvaluationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    head = {"bundle": str(asked.bundle), "data": asked.data or str(asked.path), "split": asked.split}
-    facts = {**head, **figures(score), "dtype": asked.dtype, "seconds": round(seconds, 1)}
-    print(json.dumps(facts) if asked.json else _as_text(facts))
+    head = {"bundle": str(args.bundle), "data": args.data or str(args.path), "split": args.split}
+    facts = {**head, **figures(score), "dtype": args.dtype, "seconds": round(seconds, 1)}
+    print(json.dumps(facts) if args.json else _as_text(facts))
     return 0
 
 
@@ -121,21 +121,21 @@ def _score_fresh(model: BakedLM, windows: np.ndarray) -> np.ndarray:
     return logprobs
 
 
-def read_split(asked: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
+def read_split(args: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
     """The tokens of the split that the command line names, [n] integers.
 
     Raises:
         CorpusError: see `load_corpus`.
         EvaluationError: the corpus lacks the split, the tokenizer cannot encode it, or it has fewer than 2 tokens.
     """
-    corpus = load_corpus(DataConfig(name=asked.data, path=asked.path, cache_dir=asked.cache_dir, batch=1, block=1))
-    text: bytes | None = getattr(corpus, asked.split)
+    corpus = load_corpus(DataConfig(name=args.data, path=args.path, cache_dir=args.cache_dir, batch=1, block=1))
+    text: bytes | None = getattr(corpus, args.split)
     if text is None:
-        raise EvaluationError(f"{corpus.name} has no {asked.split} split; it has train and valid")
+        raise EvaluationError(f"{corpus.name} has no {args.split} split; it has train and valid")
     tokens = _encode(text, tokenizer)
     if len(tokens) < 2:
         raise EvaluationError(
-            f"the {asked.split} split of {corpus.name} has {len(tokens)} tokens; at least 2 are needed"
+            f"the {args.split} split of {corpus.name} has {len(tokens)} tokens; at least 2 are needed"
         )
     return tokens
 

@@ -34,42 +34,42 @@ BYTES = "bytes"
 
 def main(argv: list[str]) -> int:
     """Read a checkpoint and its vocabulary, and write the bundle; returns the exit status."""
-    options = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        import_checkpoint(options)
+        import_checkpoint(args)
     except (OfficialCheckpointError, VocabularyError, BundleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {options.out} cannot be written: {error}", file=sys.stderr)
+        print(f"error: {args.out} cannot be written: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {options.out}; to serve it:\n  make serve BUNDLE={options.out}")
+    print(f"wrote {args.out}; to serve it:\n  make serve BUNDLE={args.out}")
     return 0
 
 
-def import_checkpoint(options: argparse.Namespace) -> None:
+def import_checkpoint(args: argparse.Namespace) -> None:
     """Write the bundle that the command line describes.
 
     Raises:
         OfficialCheckpointError, VocabularyError, BundleError: the checkpoint, the text or `out` cannot be used.
     """
     config, tensors = convert(
-        read_checkpoint(options.checkpoint),
-        span_ramp=options.span_ramp,
-        dropout=options.dropout,
-        embedding_dropout=options.embedding_dropout,
+        read_checkpoint(args.checkpoint),
+        span_ramp=args.span_ramp,
+        dropout=args.dropout,
+        embedding_dropout=args.embedding_dropout,
     )
-    vocabulary = vocabulary_of(config, source=options.vocab, symbols=options.symbols)
+    vocabulary = vocabulary_of(config, source=args.vocab, symbols=args.symbols)
     if config.embedding == "plain":
         tensors = place_symbols(tensors, vocabulary)
         config = ModelConfig(**(config.model_dump() | {"vocab_size": vocabulary.tokenizer.vocab_size}))
-    facts = import_facts(options.checkpoint, config, tensors, vocabulary, source=options.vocab)
+    facts = import_facts(args.checkpoint, config, tensors, vocabulary, source=args.vocab)
     save_bundle(
-        options.out,
+        args.out,
         config=config,
         tokenizer=vocabulary.tokenizer,
         tensors={name: tensor.numpy() for name, tensor in tensors.items()},
-        card=import_card(facts, config, name=options.out.resolve().name),
+        card=import_card(facts, config, name=args.out.resolve().name),
         training=facts,
     )
 
