@@ -1,7 +1,8 @@
-"""One table over small bundles: every path gives the oracle's logits, or the same text, or the same figures.
+"""All paths agree on small bundles: each returns the oracle's logits, the same text, or the same scores.
 
 oracle = training forward = any block split = in chunks = token by token = ragged batch = runner and engine = /score
-= training.evaluate; all but training itself on every backend: the baked model in torch, TorchScript and ONNX.
+= training.evaluate. All paths except the training forward run on every backend: the baked model in torch, TorchScript
+and ONNX.
 """
 
 import asyncio
@@ -179,7 +180,7 @@ def test_ragged_batch_of_both_kinds_of_step(model, text, wanted):
 
 
 def greedy_text(wanted_of, prompt, length):
-    """The greedy continuation by a function from tokens to logits."""
+    """The greedy continuation of `prompt` by a function from tokens to logits."""
     tokens = list(prompt)
     for _ in range(length):
         tokens.append(int(wanted_of(tokens)[-1].argmax()))

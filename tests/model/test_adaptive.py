@@ -1,4 +1,4 @@
-"""Adaptive input and softmax: against torch's own and the dense form, memory, the server's slices, and training."""
+"""Adaptive input and softmax: against torch's module and the dense form; memory, the server's slices, training."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ def test_the_output_equals_torchs_adaptive_softmax_where_that_can_say_the_same()
     assert isinstance(output, AdaptiveOutput)
     with torch.no_grad():
         for bias in output.biases[1:]:
-            bias.zero_()  # torch has none in the tails
+            bias.zero_()  # torch has no bias in the tails
     theirs = nn.AdaptiveLogSoftmaxWithLoss(16, 20, [5, 9], div_value=4, head_bias=True, dtype=torch.float64)
     from_the_end = output.cluster.weight.flip(0), output.cluster.bias.flip(0)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Whether a folder is a whole artefact: each kind of damage is named, with the file and what to do about it.
 
-Most artefacts here hold no model (see hand_made.py), since a folder is checked before a graph is opened. What only the
-graphs can tell, their loading has to find.
+Most artefacts here hold no model (see hand_made.py), since a folder is checked before a graph is opened. Damage that
+only shows in the graphs must be found when they are loaded.
 """
 
 import json
@@ -24,7 +24,7 @@ from tests.support.live_server import refused_server
 
 AGAIN = "export the bundle again"
 OTHER = "0" * 64  # the hash of another model
-deprecated = pytest.mark.filterwarnings("ignore:.torch.jit.*:DeprecationWarning")  # of what the tests call themselves
+deprecated = pytest.mark.filterwarnings("ignore:.torch.jit.*:DeprecationWarning")  # of calls in the tests themselves
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest as a person with an editor would."""
+    """Edit the manifest, as a person with an editor would."""
     document = json.loads((folder / "manifest.json").read_text())
     change(document)
     (folder / "manifest.json").write_text(json.dumps(document))
@@ -163,7 +163,7 @@ def test_without_its_manifest_it_is_taken_for_a_bundle_that_lacks_its_weights(fo
 def test_files_of_two_models_in_one_folder_are_found(folder, tmp_path, capsys):
     hashes = [open_bundle(bundle_of(kind)).hash for kind in ("masked", "words")]
     other = write_artefact(tmp_path / "other", bundle="words")
-    for name in ("config.json", "tokenizer.json"):  # all that says whose they are is right, but not the same
+    for name in ("config.json", "tokenizer.json"):  # both are valid, but of another model
         shutil.copy(other / name, folder / name)
     sealed(folder)
     with pytest.raises(ArtefactError) as caught:

@@ -1,4 +1,4 @@
-"""Where the graphs of an artefact run, which is never somewhere else than asked for, and whose memory they touch."""
+"""The graphs of an artefact run on the requested device and touch only the memory of their own cache."""
 
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -29,7 +29,7 @@ NO_DEVICE, NO_PROVIDER = "torch sees no CUDA device", f"onnxruntime {onnxruntime
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, provider: bool, device: bool) -> None:
-    """Let onnxruntime have its CUDA provider or not, and torch a GPU or not."""
+    """Simulate onnxruntime with or without its CUDA provider, and torch with or without a GPU."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU] if provider else [CPU])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
 
@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Fallen:
-    """A session that says, as onnxruntime does where libraries of CUDA are missing, that it runs on the CPU."""
+    """A session that reports the CPU, as onnxruntime does if CUDA libraries are missing."""
 
     asked: list[str]
 
@@ -186,7 +186,7 @@ def text() -> np.ndarray:
 
 
 def read(model: ServedLM, cache: RingCache, text: np.ndarray, *, row: int = 0) -> torch.Tensor:
-    """The logits [V] after the last token of a text: all but the last 20 in stretches, those one by one."""
+    """The logits [V] after the last token of a text: the last 20 tokens one by one, the others in chunks."""
     for stretch in torch.from_numpy(text[:-20]).split(50):
         _, new = model.extend(stretch[None], cache, [row])
         cache.commit([row], new, [len(stretch)])
@@ -219,7 +219,7 @@ def flat(found):
 
 
 def test_caches_come_and_go(model, baked, text):
-    """The memory of a cache that is gone may become the next one's, of another size too."""
+    """The memory of a deleted cache may be reused by the next cache, also of another size."""
     for num_rows in (2, 2, 3, 1, 2):
         wanted = read(baked, baked.allocate(num_rows), text, row=num_rows - 1)
         found = read(model, model.allocate(num_rows), text, row=num_rows - 1)  # freed as soon as it is read
