@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from server.dialects.inputs import MAX_TOP, Inputs
 from server.dialects.sampling import FilterFields, SamplingFields
 from server.requests.prompts import is_list_of_inputs, num_inputs
-from server.web.body import ENDS_AS_IT_IS, FieldError, RequestId, TimeoutS
+from server.web.body import TIMEOUT_DESCRIPTION, FieldError, RequestId, TimeoutS
 from server.web.engine_request import EngineRequest
 
 
@@ -94,7 +94,7 @@ class GenerateRequest(EngineRequest):
     inputs: Inputs
     parameters: Parameters = Parameters()
     stream: bool = Field(default=False, description="answer with server-sent events, one a token")
-    timeout_s: TimeoutS | None = Field(default=None, description=ENDS_AS_IT_IS)
+    timeout_s: TimeoutS | None = Field(default=None, description=TIMEOUT_DESCRIPTION)
     request_id: RequestId = None
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from server.dialects.inputs import MAX_TOP, Inputs
 from server.dialects.sampling import SamplingFields, Stop
 from server.protocol.messages import Extras
 from server.requests.prompts import num_inputs
-from server.web.body import ENDS_AS_IT_IS, FieldError, RequestBody, RequestId, TimeoutS
+from server.web.body import TIMEOUT_DESCRIPTION, FieldError, RequestBody, RequestId, TimeoutS
 from server.web.engine_request import EngineRequest
 
 MAX_USER_CHARS = 256
@@ -74,7 +74,7 @@ class CompletionRequest(SamplingFields, EngineRequest):
     user: str | None = Field(
         default=None, max_length=MAX_USER_CHARS, description="who asks, for the server's request log"
     )
-    timeout_s: TimeoutS | None = Field(default=None, description=ENDS_AS_IT_IS)
+    timeout_s: TimeoutS | None = Field(default=None, description=TIMEOUT_DESCRIPTION)
     request_id: RequestId = None
 
     @field_validator("*", mode="before")
