@@ -11,7 +11,7 @@ from server.errors import InvalidField, QueueFull
 
 RATE_WINDOW = 64  # endings over which the rate is measured
 RATE_HORIZON_S = 30.0  # older endings say nothing about the present rate
-FIRST_GUESS_S = 1.0  # the wait that a client is told while no sequence has ended yet
+FIRST_GUESS_S = 1.0  # the wait that a client gets while no sequence has ended yet
 LONGEST_WAIT_S = 60.0
 
 

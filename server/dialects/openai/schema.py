@@ -31,7 +31,7 @@ Suffix = Annotated[str, PlainValidator(_refuse_suffix, json_schema_input_type=No
 
 
 class StreamOptions(RequestBody):
-    """What a stream reports besides the text."""
+    """Options of a stream."""
 
     include_usage: bool = Field(default=False, description="end with an event that has the `usage` and no choices")
 
