@@ -1,4 +1,4 @@
-"""The application: endpoints, middleware, keys, errors as bodies. Starts and stops nothing."""
+"""The HTTP application: endpoints, middlewares, API keys and error responses. Starts and stops nothing."""
 
 import logging
 
@@ -34,7 +34,7 @@ from server.requests.metrics import Metrics
 from server.requests.service import Link, Service
 from server.runtime import package_version
 from server.web import openapi, playground
-from server.web.auth import OPEN_PATHS, Answer, BearerAuth
+from server.web.auth import OPEN_PATHS, BearerAuth, ErrorResponder
 from server.web.endpoint import register
 from server.web.event_stream import FIRST_SEND
 from server.web.exchange import exchange_of
@@ -55,59 +55,59 @@ log = logging.getLogger(__name__)
 
 
 def create_app(*, settings: Settings, bundle: Bundle, link: Link, tracing: Tracing | None = None) -> FastAPI:
-    """The HTTP side of a server whose engine is at the other end of `link`. Neither starts nor stops it."""
+    """Return the HTTP application of a server with its engine at the other end of `link`. Does not start the engine."""
     app = Application(
         title="allattn",
         version=package_version(),
         summary="An all-attention language model over HTTP",
-        docs_url=None,  # openapi.install has its own
+        docs_url=None,  # openapi.install adds its own page
         redoc_url=None,
         redirect_slashes=False,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # would quote exceptions; see request_spans
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # they would quote exceptions; see request_spans
     )
     service = Service(settings, bundle=bundle, link=link)
     register(app, ENDPOINTS, service=service)
-    answer = _answers(service.metrics)
-    _install_keys(app, settings=settings, answer=answer)
+    respond = _error_responder(service.metrics)
+    _install_keys(app, settings=settings, respond=respond)
     _install_metrics(app, service.metrics)
-    app.add_middleware(RequestLog, answer=answer)
-    _install_errors(app, answer=answer)
+    app.add_middleware(RequestLog, respond=respond)
+    _install_errors(app, respond=respond)
     if tracing is not None:
         tracing.install(app, model=service.model_name)
     return app
 
 
 def _install_metrics(app: FastAPI, metrics: Metrics) -> None:
-    """Count the HTTP requests beside what the engine does, and answer GET /metrics."""
+    """Add metrics of HTTP requests to those of the engine, and serve all of them at GET /metrics."""
     instrumentator = Instrumentator(should_group_status_codes=False, registry=metrics.registry)
     instrumentator.instrument(app).expose(app, tags=["others"])
 
 
 class Application(FastAPI):
-    """FastAPI, but the server's own `send` is kept for the events of streams."""
+    """A FastAPI application that keeps the ASGI server's own `send` for the events of streams."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Handle a request."""
         scope[FIRST_SEND] = send
         await super().__call__(scope, receive, send)
 
 
-def _install_keys(app: FastAPI, *, settings: Settings, answer: Answer) -> None:
-    """Guard the application, where there are keys."""
+def _install_keys(app: FastAPI, *, settings: Settings, respond: ErrorResponder) -> None:
+    """Require an API key if the settings have keys."""
     keys = settings.all_api_keys()
     if not keys:
         return
     if settings.api_key_file is not None and others_can_read(settings.api_key_file):
         log.warning("%s can be read by every user of this machine", settings.api_key_file)
-    app.add_middleware(BearerAuth, keys=keys, refuse=answer)
+    app.add_middleware(BearerAuth, keys=keys, refuse=respond)
     openapi.require_bearer(app, open_paths=OPEN_PATHS)
 
 
-def _answers(metrics: Metrics) -> Answer:
-    """The function that turns an error into the answer to a request, and counts it."""
+def _error_responder(metrics: Metrics) -> ErrorResponder:
+    """Return the function that turns an error into a response and counts it."""
 
-    def answer(request: Request, error: ServerError) -> Response:
-        if isinstance(error, RequestError | Overloaded):  # all others were admitted, and are counted by their ending
+    def respond(request: Request, error: ServerError) -> Response:
+        if isinstance(error, RequestError | Overloaded):  # other failed requests were admitted: their endings count
             metrics.count_rejected(error.code)
         request_id = exchange_of(request.scope).request_id
         body = msgspec.json.encode(error_reply(error, request_id=request_id))
@@ -116,25 +116,25 @@ def _answers(metrics: Metrics) -> Answer:
             headers["Connection"] = "close"  # the rest of the body is not read
         return Response(body, status_code=error.status, headers=headers, media_type="application/json")
 
-    return answer
+    return respond
 
 
-def _install_errors(app: FastAPI, *, answer: Answer) -> None:
+def _install_errors(app: FastAPI, *, respond: ErrorResponder) -> None:
     @app.exception_handler(ServerError)
     async def expected(request: Request, error: ServerError) -> Response:
-        return answer(request, error)
+        return respond(request, error)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 404:
-            return answer(request, NotFound(f"there is no {shorten(path)}; /docs lists what there is"))
+            return respond(request, NotFound(f"there is no {shorten(path)}; /docs lists what there is"))
         if error.status_code == 405:
             why = f"{request.method} {shorten(path)} is not possible; /docs lists what is"
-            reply = answer(request, MethodNotAllowed(why))
+            reply = respond(request, MethodNotAllowed(why))
             reply.headers.update(error.headers or {})  # Allow
             return reply
-        return answer(request, MalformedRequest(error.detail))
+        return respond(request, MalformedRequest(error.detail))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_request: Request, _error: ClientDisconnect) -> Response:

@@ -1,7 +1,7 @@
-"""The ways a request can fail, and the one body every failure is told in. Knows no HTTP library.
+"""The errors of requests, and the body in which a client receives them. Knows no HTTP library.
 
 ServerError
-├── RequestError            the client can mend it
+├── RequestError            the client must change the request
 │   ├── MalformedRequest    400
 │   ├── Unauthorized        401
 │   ├── NotFound            404
@@ -19,7 +19,7 @@ ServerError
 └── InternalError           500
 """
 
-# ruff: noqa: N818 - the names say what happened, as they read after `raise`
+# ruff: noqa: N818 - a name without "Error" says what happened and reads well after `raise`
 
 import json
 import math
@@ -29,16 +29,15 @@ import msgspec
 
 
 class ServerError(Exception):
-    """A failure with a name the client can act on.
+    """Base of all errors that a client receives.
 
-    `type` is one of the three words that text-generation-inference's clients know; `code` tells more exactly what
-    happened.
+    `type` is one of three names that text-generation-inference's clients know; `code` names the exact error.
     """
 
     status: ClassVar[int]
     type: ClassVar[str]
     code: ClassVar[str]
-    retry_after_s: float | None = None  # when the same request may succeed, where that is to be expected
+    retry_after_s: float | None = None  # when the same request may succeed, if it may
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -59,36 +58,36 @@ class MalformedRequest(RequestError):
 
 
 class Unauthorized(RequestError):
-    """The server asks for an API key; the request has none, or an unknown one."""
+    """The server requires an API key, and the request has none or an unknown key."""
 
     status, code = 401, "unauthorized"
 
 
 class NotFound(RequestError):
-    """No such path."""
+    """There is no such path, or no live request with this id."""
 
     status, code = 404, "not_found"
 
 
 class ModelNotFound(RequestError):
-    """No such model."""
+    """The server does not serve this model."""
 
     status, code = 404, "model_not_found"
 
     @classmethod
     def of(cls, given: str, *, name: str) -> "ModelNotFound":
-        """Word the message. `name`: the model that there is."""
+        """Make the error. `given`: the requested name; `name`: of the served model."""
         return cls(f"model: {shown(given)} is not served here; there is {shown(name)}", param="model")
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, the method does not."""
+    """The path exists, but not with this method."""
 
     status, code = 405, "method_not_allowed"
 
 
 class BodyTooLarge(RequestError):
-    """More bytes than `max_body_bytes`."""
+    """The body has more bytes than `max_body_bytes`."""
 
     status, code = 413, "body_too_large"
 
@@ -100,25 +99,25 @@ class InvalidField(RequestError):
 
     @classmethod
     def of(cls, field: str, *, value: object, allowed: str) -> "InvalidField":
-        """Word the message: `temperature: 3 is not allowed; a number from 0 to 2`."""
+        """Make the error: `temperature: 3 is not allowed; it should be at most 2`. `allowed`: what the field may be."""
         return cls(f"{field}: {shown(value)} is not allowed; {allowed}", param=field)
 
 
 class Overloaded(ServerError):
-    """Nothing is wrong with the request; it may be sent again after `retry_after_s`."""
+    """The request is valid; the client may send it again after `retry_after_s`."""
 
     type = "overloaded"
     retry_after_s = 1.0
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
-        """`retry_after_s`: a better guess than that of the class."""
+        """`retry_after_s`: replaces the default of the class."""
         super().__init__(message, param=param)
         if retry_after_s is not None:
             self.retry_after_s = retry_after_s
 
 
 class QueueFull(Overloaded):
-    """As many requests wait as `max_waiting` allows."""
+    """As many sequences or prompt tokens wait as the server allows."""
 
     status, code = 429, "queue_full"
 
@@ -130,7 +129,7 @@ class Starting(Overloaded):
 
 
 class Draining(Overloaded):
-    """The server is about to end and takes no new work."""
+    """The server is shutting down and accepts no new work."""
 
     status, code, retry_after_s = 503, "draining", 5.0
 
@@ -142,25 +141,25 @@ class EngineDown(Overloaded):
 
 
 class RequestTimeout(ServerError):
-    """The time that the request gave itself, or that the server gives all, has passed before there was an answer."""
+    """The time limit of the request or of the server passed before there was a reply."""
 
     status, type, code = 408, "generation", "timeout"
 
 
 class Cancelled(ServerError):
-    """Somebody ended the request by its id before there was an answer."""
+    """A client cancelled the request by its id before there was a reply."""
 
     status, type, code = 499, "generation", "cancelled"
 
 
 class InternalError(ServerError):
-    """A bug, or a sequence that the engine had to give up."""
+    """The server has a bug, or the engine gave up the sequence."""
 
     status, type, code = 500, "generation", "internal"
 
 
 def shown(value: object) -> str:
-    """`value` as it stood in the JSON of the request, cut to a length that fits a message."""
+    """Return `value` as JSON, shortened for a message."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
@@ -169,12 +168,12 @@ def shown(value: object) -> str:
 
 
 def shorten(text: str) -> str:
-    """Cut to a length that fits a message."""
+    """Return `text`, shortened for a message."""
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):
-    """The part that OpenAI's clients read."""
+    """The part of an error body that OpenAI's clients read."""
 
     message: str
     type: str
@@ -183,7 +182,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 
 
 class ErrorReply(msgspec.Struct, frozen=True):
-    """One body that OpenAI's, text-generation-inference's and huggingface_hub's clients can all parse."""
+    """The body of an error, which clients of OpenAI, text-generation-inference and huggingface_hub can parse."""
 
     error: ErrorInfo
     error_type: str
@@ -191,13 +190,13 @@ class ErrorReply(msgspec.Struct, frozen=True):
 
 
 def error_reply(error: ServerError, *, request_id: str) -> ErrorReply:
-    """The body of an error, streamed or not."""
+    """Return the body of an error, for a plain response or a stream."""
     info = ErrorInfo(error.message, error.type, error.param, error.code)
     return ErrorReply(info, error_type=error.type, request_id=request_id)
 
 
 def retry_headers(error: ServerError) -> dict[str, str]:
-    """When to come back, in the two spellings clients look for: whole seconds, and milliseconds."""
+    """Return the headers that say when to retry, in whole seconds and in milliseconds: clients read either."""
     if error.retry_after_s is None:
         return {}
     seconds, milliseconds = math.ceil(error.retry_after_s), round(1000 * error.retry_after_s)

@@ -1,7 +1,7 @@
-"""What both processes set up first: the log, one JSON object a line on standard error, and garbage collection.
+"""Set-up of both processes: the log, one JSON object per line on standard error, and the garbage collector.
 
-A request's text can reach the log only by way of an exception, whose message may quote it: so of an exception the log
-has the type and the places it came through, never the message.
+The message of an exception may quote a request, so the log has only the type and the stack frames of an exception. No
+text of a request can reach the log in another way.
 """
 
 import gc
@@ -11,22 +11,22 @@ import traceback
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
-YOUNG_OBJECTS = 50_000  # before a look at the young ones; the default is 700, which a batch fills in a few steps
-MAX_FRAMES = 40  # of one exception; an endless recursion has a thousand
+YOUNG_OBJECTS = 50_000  # allocations before a young collection; a batch reaches Python's default of 700 in a few steps
+MAX_FRAMES = 40  # logged per exception; an endless recursion has a thousand
 
 
 class JsonLines(logging.Formatter):
-    """`logging`'s records as JSON; what a caller passes as extra={"fields": {...}} becomes keys of their own."""
+    """A formatter of log records as JSON. Fields passed as extra={"fields": {...}} become keys of the object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return the line of a record."""
         error = record.exc_info[1] if record.exc_info else None
         message = record.getMessage()
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            # asyncio's further lines are a repr of the task, with the message of its exception
+            # the later lines of asyncio's message show the task with its exception's message
             "event": message if error is None else message.partition("\n")[0],
             **getattr(record, "fields", {}),
         }
@@ -36,14 +36,14 @@ class JsonLines(logging.Formatter):
 
 
 def trace(error: BaseException) -> list[str]:
-    """The types of an exception and of those it came from, the first cause first, each after its innermost frames."""
+    """Return the types of an exception and its causes, the first cause first, each after its innermost frames."""
     lines: list[str] = []
     _add_trace(error, lines=lines, seen=set())
     return lines
 
 
 def _add_trace(error: BaseException, *, lines: list[str], seen: set[int]) -> None:
-    seen.add(id(error))  # a chain of causes may be a ring
+    seen.add(id(error))  # a chain of causes may have a cycle
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     if cause is not None and id(cause) not in seen:
         _add_trace(cause, lines=lines, seen=seen)
@@ -57,7 +57,7 @@ def _add_trace(error: BaseException, *, lines: list[str], seen: set[int]) -> Non
 
 
 def log_to_stderr() -> None:
-    """Warnings of everyone, and what this package says of its requests."""
+    """Log warnings of all packages and requests of this server to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -65,15 +65,15 @@ def log_to_stderr() -> None:
 
 
 def settle_garbage() -> None:
-    """Call it once everything is loaded: no collection looks at what is there now, and each makes a shorter pause."""
+    """Exempt all present objects from garbage collection, for shorter pauses. Call it once everything is loaded."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS)
 
 
 def package_version() -> str:
-    """The version of allattn, as installed."""
+    """Return the installed version of allattn, or "source"."""
     try:
         return version("allattn")
-    except PackageNotFoundError:  # run from a tree that was not installed
+    except PackageNotFoundError:  # run from a source tree that is not installed
         return "source"

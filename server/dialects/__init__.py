@@ -1,1 +1,1 @@
-"""The wire formats: each translates its requests and replies to those of server.requests."""
+"""The wire formats (dialects): each translates its bodies and replies from and to the types of server.requests."""

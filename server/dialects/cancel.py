@@ -1,4 +1,4 @@
-"""DELETE /requests/{id}: end what lives of a request, by the id that its answer carries."""
+"""DELETE /requests/{id}: cancel the live sequences of a request, by the id in its response."""
 
 from fastapi import Response
 from msgspec import Struct
@@ -10,7 +10,7 @@ from server.web.endpoint import Endpoint, Handler
 
 
 class CancelReply(Struct, frozen=True):
-    """How many sequences of the request were still alive. Each of them ends with finish_reason "cancelled"."""
+    """The number of live sequences that were cancelled. Each of them ends with finish_reason "cancelled"."""
 
     request_id: str
     cancelled: int

@@ -1,10 +1,10 @@
-"""The types of fields that several dialects share: inputs, token ids, prefixes. Knows no model."""
+"""Types of fields that several dialects share: inputs, token ids, prefixes. Knows no model."""
 
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-MAX_TOP = 20  # most probable tokens to tell beside each one
+MAX_TOP = 20  # the most alternatives (most probable tokens) listed with each token
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -26,7 +26,7 @@ Inputs = Annotated[
         custom_error_type="inputs",
         custom_error_message="it should be a text, a list of token ids, or a list of one or more of either",
     ),
-    Field(description="a text or a list of token ids; or a list of either, answered by an array in the same order"),
+    Field(description="a text or a list of token ids; or a list of either, which gives an array in the same order"),
 ]
 
 Prefix = Annotated[

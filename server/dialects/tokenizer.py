@@ -1,4 +1,4 @@
-"""GET /tokenizer_info, POST /tokenize and POST /detokenize, in the shapes that vLLM and lm_eval know."""
+"""GET /tokenizer_info, POST /tokenize and POST /detokenize, in the formats of vLLM and lm_eval."""
 
 from fastapi import Request, Response
 from msgspec import Struct
@@ -20,36 +20,36 @@ from server.web.endpoint import Endpoint, Handler
 class TokenizeRequest(RequestBody):
     """Body of POST /tokenize."""
 
-    model: str | None = Field(default=None, description="the name in /v1/models (404 for another), or none")
+    model: str | None = Field(default=None, description="the name in /v1/models, or null; another name gives 404")
     prompt: str
-    add_special_tokens: bool = Field(default=True, description="either is the same: this model's texts get none")
+    add_special_tokens: bool = Field(default=True, description="ignored: this model's texts get no special tokens")
     return_token_strs: bool | None = Field(default=None, description="add `token_strs`")
 
 
 class DetokenizeRequest(RequestBody):
     """Body of POST /detokenize."""
 
-    model: str | None = Field(default=None, description="the name in /v1/models (404 for another), or none")
+    model: str | None = Field(default=None, description="the name in /v1/models, or null; another name gives 404")
     tokens: list[TokenId] = Field(fail_fast=True)
 
 
 class TokenizeReply(Struct, frozen=True):
-    """The ids of a text. One that is no more than `bos_token` or `eos_token` of /tokenizer_info has that token's."""
+    """The token ids of a text. A text equal to `bos_token` or `eos_token` of /tokenizer_info has that token's id."""
 
     count: int
-    max_model_len: int  # tokens a request may have; the model itself has no limit
+    max_model_len: int  # the most tokens of a request; the model itself has no limit
     tokens: list[int]
-    token_strs: list[str] | None  # if asked for; what is part of a character reads "bytes:\\xNN"
+    token_strs: list[str] | None  # if requested; part of a character reads "bytes:\\xNN"
 
 
 class DetokenizeReply(Struct, frozen=True):
-    """The text of ids; bytes that are not UTF-8 are U+FFFD."""
+    """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
 
     prompt: str
 
 
 class TokenizerInfo(Struct, frozen=True):
-    """The tokenizer, with the special tokens that other programs expect. No id of theirs is 0."""
+    """The tokenizer with the special tokens that other programs expect. None of their ids is 0."""
 
     kind: str
     vocab_size: int
@@ -59,7 +59,7 @@ class TokenizerInfo(Struct, frozen=True):
     eos_token_id: int
     pad_token: str
     pad_token_id: int
-    special_tokens_are_stand_ins: bool  # the model ends no text with eos_token, it only has an id
+    special_tokens_are_stand_ins: bool  # whether the model itself never generates eos_token to end a text
 
 
 def _tokenizer_info(service: Service) -> Handler:

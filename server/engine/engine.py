@@ -1,7 +1,7 @@
-"""The engine: requests in, one `Step` message per step out. Drives a runner; knows no torch, no HTTP and no sockets.
+"""The engine: takes requests and returns a `Step` message for each step. Knows no torch, no HTTP and no sockets.
 
 Every accepted sequence gets exactly one ending: "length", "eos_token", "scored", "cancelled", "timeout", "shutdown" or
-"error". What goes wrong with one row ends that row only; what goes wrong with the device ends the engine.
+"error". A failure in one row ends that sequence only; a failure of the device ends the engine.
 """
 
 import heapq
@@ -20,7 +20,7 @@ from server.engine.sequence import ChunkResult, ChunkScores, Drawn, Phase, Runne
 from server.protocol.messages import Ended, EngineFinish, Generate, Score, Scores, Step, Token
 
 NOT_A_NUMBER = "the model's output for this sequence is not a number"
-PACE_MEMORY = 0.8  # of the running mean of how long reading takes
+PACE_MEMORY = 0.8  # weight of the past in the running mean of the seconds to read a token
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,12 @@ Result = TypeVar("Result")
 
 
 class Engine:
-    """Continuous batching over the rows of a runner."""
+    """The loop of continuous batching over the rows of a runner."""
 
     def __init__(
         self, runner: Runner, options: EngineOptions, *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
+        """Start without sequences. `clock` returns seconds."""
         self._runner = runner
         self._scheduler = Scheduler(num_rows=runner.num_rows, chunk_tokens=options.chunk_tokens)
         self._budget_tokens = options.budget_tokens
@@ -49,7 +50,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute or say anything."""
+        """Whether a step would compute or report anything."""
         return bool(self._live or self._ended)
 
     def submit(self, request: Generate | Score) -> None:
@@ -61,7 +62,7 @@ class Engine:
             self._num_unread += sequence.num_unread
             if sequence.deadline is not None:
                 heapq.heappush(self._deadlines, (sequence.deadline, sequence.id))
-        if len(self._deadlines) > 2 * len(self._live) + 64:  # most of them are of sequences that ended long before
+        if len(self._deadlines) > 2 * len(self._live) + 64:  # most entries are of sequences that have ended
             self._deadlines = sorted(entry for entry in self._deadlines if entry[1] in self._live)
         self._scheduler.add(first)
         if first.num_shared == 0:
@@ -70,27 +71,27 @@ class Engine:
             self._end(first, "scored")
 
     def cancel(self, name: str) -> None:
-        """End a sequence now; nothing happens where it has already ended."""
+        """End a sequence now; does nothing if it has already ended."""
         if sequence := self._live.get(name):
             self._end(sequence, "cancelled")
 
     def shutdown(self) -> Step:
-        """End everything."""
+        """End all sequences with "shutdown" and return their endings."""
         for sequence in list(self._live.values()):
-            if sequence.phase is not Phase.ENDED:  # with its leader
+            if sequence.phase is not Phase.ENDED:  # it may have ended with its leader
                 self._end(sequence, "shutdown")
         return self._emit(num_decoded=0, num_read=0, seconds=0.0)
 
     def step(self) -> Step:
-        """Expire, plan, seat, decode, read, emit.
+        """End expired sequences, plan, prepare rows, decode, read, and return the report of the step.
 
         Raises:
-            whatever the runner raises when its device does not work; the engine must not be used any more then.
+            Exception: of any type, from a runner whose device has failed. The engine must not be used after it.
         """
         begun = self._clock()
         self._expire(begun)
         plan = self._scheduler.plan(self._budget())
-        self._seat(plan)
+        self._prepare_rows(plan)
         self._decode(plan.decoding)
         self._read(plan.reading)
         return self._emit(
@@ -106,13 +107,13 @@ class Engine:
                 self._end(sequence, "timeout")
 
     def _budget(self) -> int:
-        """Tokens to read in the next step: as many as the others can bear to wait for, by how long reading took."""
-        generating = any(one is not None and one.phase is Phase.DECODING for one in self._scheduler.rows)
+        """Return the most tokens to read in the next step; while rows generate, they fit into `prefill_ms`."""
+        generating = any(sequence is not None and sequence.phase is Phase.DECODING for sequence in self._scheduler.rows)
         if not generating or not self._pace:
             return self._budget_tokens
         return min(self._budget_tokens, int(self._prefill_s / self._pace))
 
-    def _seat(self, plan: Plan) -> None:
+    def _prepare_rows(self, plan: Plan) -> None:
         for sequence in plan.admitted:
             sequence.admitted = sequence.admitted or self._clock()
             if sequence.snapshot is None:
@@ -124,19 +125,19 @@ class Engine:
             self._runner.move(move.source, move.target)
 
     def _decode(self, sequences: Many[Sequence]) -> None:
-        def run(some: Many[Sequence]) -> list[Drawn]:
-            rows, tokens = [one.row for one in some], [one.last_token for one in some]
-            return self._runner.decode(rows, tokens, [one.next_draw() for one in some])
+        def run(batch: Many[Sequence]) -> list[Drawn]:
+            rows, tokens = [sequence.row for sequence in batch], [sequence.last_token for sequence in batch]
+            return self._runner.decode(rows, tokens, [sequence.next_draw() for sequence in batch])
 
         for sequence, drawn in zip(sequences, self._attempt(run, sequences), strict=True):
             if isinstance(drawn, Exception):
-                self._end(sequence, "error", error=_blame(drawn))
+                self._end(sequence, "error", error=_error_text(drawn))
             else:
                 self._take_token(sequence, drawn)
 
     def _read(self, readings: Many[Reading]) -> None:
-        def run(some: Many[Reading]) -> list[ChunkResult]:
-            return self._runner.extend([one.sequence.next_chunk(one.size) for one in some])
+        def run(batch: Many[Reading]) -> list[ChunkResult]:
+            return self._runner.extend([reading.sequence.next_chunk(reading.size) for reading in batch])
 
         begun = self._clock()
         results = self._attempt(run, readings)
@@ -145,14 +146,17 @@ class Engine:
             self._pace = PACE_MEMORY * (self._pace or pace) + (1 - PACE_MEMORY) * pace
         for reading, result in zip(readings, results, strict=True):
             if isinstance(result, Exception):
-                self._end(reading.sequence, "error", error=_blame(result))
+                self._end(reading.sequence, "error", error=_error_text(result))
             else:
                 self._scheduler.commit(reading)
                 self._num_unread -= reading.size
                 self._take_read(reading.sequence, result)
 
     def _attempt(self, run: Callable[[Many[Item]], Many[Result]], items: Many[Item]) -> list[Result | Exception]:
-        """Run all items at once; where that fails, each alone. Raises where the device itself has failed."""
+        """Run all items together and return their results; after a failure, run each item alone.
+
+        Raises if the device itself has failed.
+        """
         if not items:
             return []
         try:
@@ -176,13 +180,13 @@ class Engine:
         group = (sequence, *sequence.forks)
         if sequence.num_read == sequence.num_shared:
             self._fork(sequence)
-        for one, drawn in zip(group, result.drawn, strict=False):  # a document draws nothing
-            self._take_token(one, drawn)
+        for member, drawn in zip(group, result.drawn, strict=False):  # a document draws no tokens
+            self._take_token(member, drawn)
         if done and isinstance(sequence.request, Score):
             self._end(sequence, "scored")
 
     def _fork(self, sequence: Sequence) -> None:
-        """What the group shares has been read: its other members begin where this one is now."""
+        """Queue the forks of a sequence that has read the shared tokens; they begin from its state."""
         if not sequence.forks:
             return
         snapshot = self._runner.snapshot(sequence.row) if sequence.num_read else None
@@ -207,7 +211,7 @@ class Engine:
             self._end(sequence, "length")
 
     def _end(self, sequence: Sequence, finish_reason: EngineFinish, *, error: str = "") -> None:
-        """The one ending. Those who still wait for what this sequence reads end with it."""
+        """End a sequence, and the forks that still wait for it to read the shared tokens."""
         for fork in list(sequence.forks):
             self._end(fork, finish_reason, error=error)
         if sequence.leader is not None:
@@ -236,7 +240,7 @@ class Engine:
         return step
 
 
-def _blame(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"the model failed on this sequence: {type(error).__name__}: {str(error)[:200]}"
 
 

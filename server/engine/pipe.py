@@ -1,4 +1,4 @@
-"""The engine's end of the pipe: a thread hears messages, the loop takes them."""
+"""The engine's end of the pipe: a thread receives messages, the engine's loop takes them."""
 
 import logging
 import os
@@ -15,31 +15,31 @@ log = logging.getLogger(__name__)
 
 
 class EngineEnd:
-    """The engine's end. A thread of its own listens, so that neither loading nor a step that hangs is in its way.
+    """The engine's end of the pipe. Its own thread receives, so neither loading nor a hanging step delays it.
 
-    When the API process is gone, however it went, it ends this process at once.
+    If the API process is gone for any reason, it ends this process at once.
     """
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
-        self._heard: queue.SimpleQueue[Heard] = queue.SimpleQueue()
+        self._received: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         self._encoder = msgspec.msgpack.Encoder()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def take(self, wait_s: float) -> list[Heard]:
-        """All that has come; where that is nothing, wait so long for something."""
+        """Return all messages that have come; wait up to `wait_s` seconds for the first."""
         messages: list[Heard] = []
         if wait_s > 0:
             try:
-                messages.append(self._heard.get(timeout=wait_s))
+                messages.append(self._received.get(timeout=wait_s))
             except queue.Empty:
                 return messages
-        while not self._heard.empty():
-            messages.append(self._heard.get_nowait())
+        while not self._received.empty():
+            messages.append(self._received.get_nowait())
         return messages
 
     def send(self, message: FromEngine) -> None:
-        """Say something. Waits where the API process is behind, which always reads on."""
+        """Send a message. Blocks while the pipe is full; the API process always continues to read."""
         try:
             self._socket.sendall(encode_frame(message, encoder=self._encoder))
         except OSError:
@@ -50,9 +50,9 @@ class EngineEnd:
         try:
             with self._socket.makefile("rb", buffering=1 << 16) as stream:
                 while len(length := stream.read(LENGTH.size)) == LENGTH.size:
-                    self._heard.put(decoder.decode(stream.read(LENGTH.unpack(length)[0])))
-        except OSError:  # how the end looks where something was left unread
+                    self._received.put(decoder.decode(stream.read(LENGTH.unpack(length)[0])))
+        except OSError:  # the API process died with unread messages
             pass
-        except Exception:  # an engine that is deaf must not live on
+        except Exception:  # an engine that cannot receive messages must not live on
             log.exception("a message cannot be read")
         os._exit(1)

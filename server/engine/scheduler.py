@@ -1,7 +1,8 @@
-"""Who gets a row and what a step computes: state in, plan out. Knows no torch, no clock and no messages.
+"""The scheduler: assigns rows to sequences and plans each step. Knows no torch, no clock and no messages.
 
-A step decodes every row that generates, and then spends a bounded budget on reading prompts and documents, so that no
-prompt, however long, stalls a stream. Every sequence costs the same state, so admission is counting rows.
+A step decodes every row that generates, and then spends a bounded budget of tokens on reading (prefilling) prompts and
+documents, so that no prompt, however long, stalls a stream. The state of every sequence has the same size, so a
+sequence needs only a free row.
 """
 
 from collections import deque
@@ -12,7 +13,7 @@ from server.engine.sequence import Phase, Sequence
 
 @dataclass(frozen=True)
 class Move:
-    """A sequence changes rows, its state with it."""
+    """A move of a sequence, with its state, to another row."""
 
     source: int
     target: int
@@ -20,7 +21,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Reading:
-    """A sequence reads some of its tokens."""
+    """A chunk of tokens that a sequence reads in a step. `size`: number of tokens."""
 
     sequence: Sequence
     size: int
@@ -28,23 +29,23 @@ class Reading:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: fresh rows, moves, decoding, reading; done in this order."""
+    """The plan of one step: new rows, moves, decoding, reading, in this order."""
 
-    admitted: tuple[Sequence, ...]  # begin in the rows they were given
+    admitted: tuple[Sequence, ...]  # sequences that begin in their new rows
     moves: tuple[Move, ...]
     decoding: tuple[Sequence, ...]
     reading: tuple[Reading, ...]
 
 
 class Scheduler:
-    """Sequences that wait, in order, and sequences that have a row."""
+    """The scheduler of a batch: a queue of waiting sequences, and a row for each admitted sequence."""
 
     def __init__(self, *, num_rows: int, chunk_tokens: int) -> None:
-        """chunk_tokens: the most that one row reads in a step."""
+        """chunk_tokens: the most tokens that one row reads in a step."""
         self.chunk_tokens = chunk_tokens
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = [None] * num_rows
-        self._readers: deque[Sequence] = deque()  # who reads next, in turns
+        self._readers: deque[Sequence] = deque()  # the sequences that read, in turns
 
     @property
     def num_used(self) -> int:
@@ -62,12 +63,12 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def add_first(self, sequence: Sequence) -> None:
-        """Queue a sequence before all others: what it shares with another one has been read already."""
+        """Queue a sequence before all others, because its leader has already read the shared tokens."""
         sequence.phase = Phase.WAITING
         self.waiting.appendleft(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Take back the row, or the place in the queue, of a sequence that has ended."""
+        """Free the row, or the position in the queue, of a sequence that has ended."""
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
         elif sequence.phase is not Phase.FORKING:
@@ -78,10 +79,10 @@ class Scheduler:
         sequence.phase, sequence.row = Phase.ENDED, -1
 
     def plan(self, budget_tokens: int) -> Plan:
-        """Decide the next step; rows are given out and moved in `rows` at once, progress is made by `commit`.
+        """Return the plan of the next step. Assigns and moves rows at once; `commit` records the progress of reading.
 
         Args:
-            budget_tokens: the most that all rows read together; one chunk is read in any case.
+            budget_tokens: the most tokens that all rows read together; one chunk is read in any case.
         """
         admitted = self._admit()
         moves = self._close_gaps()
@@ -89,7 +90,7 @@ class Scheduler:
         return Plan(admitted, moves, decoding, self._share(budget_tokens))
 
     def commit(self, reading: Reading) -> None:
-        """A stretch was read; who has read all begins to decode."""
+        """Record a chunk as read; a sequence that has read all its tokens begins to decode."""
         sequence = reading.sequence
         sequence.num_read += reading.size
         if sequence.num_unread == 0:
@@ -97,7 +98,7 @@ class Scheduler:
             sequence.phase = Phase.DECODING
 
     def check_idle(self) -> None:
-        """Account for all rows and the queue when no sequence lives. Raises RuntimeError where one is lost."""
+        """Check that all rows and the queue are empty while no sequence lives. Raises RuntimeError otherwise."""
         if self.waiting or self._readers or any(self.rows):
             raise RuntimeError(
                 f"no sequence lives, but {self.num_used} rows are taken, {len(self.waiting)} sequences wait "
@@ -105,7 +106,7 @@ class Scheduler:
             )
 
     def _close_gaps(self) -> tuple[Move, ...]:
-        """Decoding computes rows 0 .. the highest: bring high rows down, so that no free one is computed idly."""
+        """Move sequences into lower free rows: decoding computes all rows up to the highest used row."""
         moves = []
         while (top := self._highest()) >= self.num_used:
             sequence = self.rows[top]
@@ -134,7 +135,7 @@ class Scheduler:
         return tuple(admitted)
 
     def _share(self, budget_tokens: int) -> tuple[Reading, ...]:
-        """Give the readers at the head of the line a whole chunk each, and send them to its end."""
+        """Divide the budget into whole chunks for the first readers, and move these to the end of the queue."""
         readings: list[Reading] = []
         left = budget_tokens
         for _ in range(len(self._readers)):

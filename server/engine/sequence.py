@@ -1,4 +1,4 @@
-"""One object per live request, and the words in which the engine asks a runner for work. Knows no torch and no HTTP."""
+"""The live sequence, and the types of the work that the engine gives to a runner. Knows no torch and no HTTP."""
 
 import dataclasses
 from collections.abc import Sequence as Many
@@ -18,16 +18,16 @@ Top = tuple[tuple[int, float], ...]  # the most probable tokens and their log-pr
 
 @dataclass(frozen=True)
 class Draw:
-    """How to draw one token, and where."""
+    """The parameters to draw (sample) one token, and its position."""
 
     sampling: SamplingParams
-    position: int  # tokens before the drawn one
-    num_generated: int  # of those, the generated ones
+    position: int  # tokens before the drawn token
+    num_generated: int  # the generated tokens among them
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A drawn token; its log-probability and the best alternatives are of the model's own distribution."""
+    """A drawn token, with log-probabilities under the model's own distribution (temperature 1, nothing cut)."""
 
     token: int
     logprob: float
@@ -36,19 +36,19 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of one row's prompt or document."""
+    """Consecutive tokens of the prompt or document of one row, to read in one step."""
 
     row: int
     tokens: np.ndarray  # [T] int32, at least one
-    targets: np.ndarray | None = None  # [<= T] int32: the tokens that follow the first ones, to be scored
-    extras: Extras = NO_EXTRAS  # of the targets
-    draws: tuple[Draw, ...] = ()  # draw the token that follows the last one, once for each
-    penalised: bool = False  # the draws to come will want to know these tokens
+    targets: np.ndarray | None = None  # [<= T] int32: tokens to score; the i-th follows the chunk's i-th token
+    extras: Extras = NO_EXTRAS  # the extra figures of the targets
+    draws: tuple[Draw, ...] = ()  # how to draw the next token, once for each sequence of the group
+    penalised: bool = False  # whether later draws penalise these tokens
 
 
 @dataclass(frozen=True)
 class ChunkScores:
-    """Figures of T targets: nats and ranks, and the extras that were asked for."""
+    """The scores of T targets: log-probabilities in nats, ranks and the requested extras."""
 
     logprobs: np.ndarray  # [T] float32
     ranks: np.ndarray  # [T] integers, 0 = the most probable
@@ -60,33 +60,33 @@ class ChunkScores:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What a chunk asked for."""
+    """The drawn tokens and scores of a chunk."""
 
     drawn: tuple[Drawn, ...] = ()
     scores: ChunkScores | None = None
 
 
 class Runner(Protocol):
-    """The device side: rows of state, and the two kinds of work on them.
+    """The model on its device: rows of state, and the two kinds of work on them, extend (prefill) and decode.
 
-    A call of `extend` or `decode` that raises has changed nothing, so that it can be repeated with fewer rows.
+    A call of `extend` or `decode` that raises has changed nothing, so the engine can repeat it with fewer rows.
     """
 
     def check(self) -> None:
-        """Compute something small; raises where the device does not work any more."""
+        """Compute something small. Raises if the device has failed."""
         ...
 
     @property
     def num_rows(self) -> int:
-        """How many sequences can live at a time."""
+        """The most sequences that can have a row at a time."""
         ...
 
     def warm_up(self) -> EngineFacts:
-        """Run every shape there is once; returns what the runner then knows of itself."""
+        """Run every shape once. Return what the runner then knows of itself."""
         ...
 
     def reset(self, row: int) -> None:
-        """Begin a fresh stream in a row."""
+        """Set a row to the state before any token."""
         ...
 
     def move(self, source: int, target: int) -> None:
@@ -94,56 +94,56 @@ class Runner(Protocol):
         ...
 
     def snapshot(self, row: int) -> object:
-        """A copy of a row's whole state."""
+        """Return a copy of a row's whole state."""
         ...
 
     def restore(self, row: int, snapshot: object) -> None:
-        """Begin a stream in a row from the state that another one had."""
+        """Set a row to a state that `snapshot` returned."""
         ...
 
     def extend(self, chunks: Many[Chunk]) -> list[ChunkResult]:
-        """Read stretches of prompts and documents, one a row."""
+        """Read chunks of prompts and documents, one for each row. Return their results in order."""
         ...
 
     def decode(self, rows: Many[int], tokens: Many[int], draws: Many[Draw]) -> list[Drawn]:
-        """Feed each row its last token; the next ones, in the order of `rows`."""
+        """Feed each row its last token. Return the drawn next tokens, in the order of `rows`."""
         ...
 
 
 class Phase(Enum):
-    """Where a sequence is on its way."""
+    """The phase of a sequence, from its submission to its end."""
 
-    FORKING = auto()  # waits until another one has read what they share
-    WAITING = auto()  # for a row
-    READING = auto()  # its prompt or document
-    DECODING = auto()  # a token a step
+    FORKING = auto()  # waits for its leader to read the shared tokens
+    WAITING = auto()  # waits for a row
+    READING = auto()  # reads its prompt or document (prefill)
+    DECODING = auto()  # generates a token in each step
     ENDED = auto()
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A live sequence: what was asked, and how far it is. Times are seconds of the engine's clock."""
+    """A live sequence: its request and its progress. Times are in seconds of the engine's clock."""
 
     request: Generate | Score
     submitted: float
     tokens: np.ndarray = field(init=False)  # [n] int32, the prompt or document
     phase: Phase = Phase.WAITING
-    row: int = -1  # -1 while it has none
-    num_read: int = 0  # of the tokens that must be read
+    row: int = -1  # -1 without a row
+    num_read: int = 0  # the tokens of `num_to_read` that it has read
     num_generated: int = 0
     last_token: int = -1
-    admitted: float = 0.0  # got its row
-    read: float = 0.0  # finished reading
-    snapshot: object = None  # where to begin, if not afresh
-    leader: "Sequence | None" = None  # who reads what they share
-    forks: list["Sequence"] = field(init=False, default_factory=list)  # who waits for what this one reads
+    admitted: float = 0.0  # time at which it got its row
+    read: float = 0.0  # time at which it had read its tokens
+    snapshot: object = None  # the state to begin from, if not from the start
+    leader: "Sequence | None" = None  # the sequence that reads the tokens they share
+    forks: list["Sequence"] = field(init=False, default_factory=list)  # they wait for the shared tokens to be read
 
     def __post_init__(self) -> None:
         self.tokens = np.frombuffer(self.request.tokens, dtype="<i4")
 
     @classmethod
     def group(cls, request: Generate | Score, *, submitted: float) -> "Sequence":
-        """The sequence that reads first, with those that fork off it."""
+        """Make the sequences of a request; return the leader, which reads the shared tokens, with its forks."""
         first = cls(request, submitted)
         for fork in _fork_requests(request):
             other = cls(fork, submitted, phase=Phase.FORKING, leader=first)
@@ -153,36 +153,36 @@ class Sequence:
 
     @property
     def id(self) -> str:
-        """The name the API process gave it."""
+        """The sequence id, which the API process chose."""
         return self.request.id
 
     @property
     def deadline(self) -> float | None:
-        """When it must have ended."""
+        """The time at which the sequence ends with "timeout"."""
         return None if self.request.timeout_s is None else self.submitted + self.request.timeout_s
 
     @property
     def num_shared(self) -> int:
-        """Tokens that are only read; after them the forks part."""
+        """Number of tokens that the leader reads for its forks too."""
         return self.request.num_shared if isinstance(self.request, Score) else len(self.tokens)
 
     @property
     def num_to_read(self) -> int:
-        """Tokens that go through the model before it generates, or all but the last of a document."""
+        """Number of tokens to read: all of a prompt, all but the last of a document."""
         return len(self.tokens) - 1 if isinstance(self.request, Score) else len(self.tokens)
 
     @property
     def num_unread(self) -> int:
-        """What is left of `num_to_read`."""
+        """Number of tokens left to read."""
         return self.num_to_read - self.num_read
 
     def chunk_size(self, chunk_tokens: int) -> int:
-        """How many tokens to read next. It depends on nothing but the request, so that its numerics do not either."""
+        """Return the size of the next chunk. It depends on the request only, and so do the numerics."""
         border = self.num_shared if self.num_read < self.num_shared else self.num_to_read
         return min(chunk_tokens, border - self.num_read)
 
     def next_chunk(self, size: int) -> Chunk:
-        """The next `size` tokens to read, with what the runner shall do about them."""
+        """Return the next `size` tokens to read, with their targets and draws."""
         start, stop = self.num_read, self.num_read + size
         assert 0 < size <= self.num_unread
         request, tokens = self.request, self.tokens[start:stop]
@@ -191,7 +191,7 @@ class Sequence:
             if stop <= request.num_shared:
                 return Chunk(self.row, tokens)
             return Chunk(self.row, tokens, targets=targets, extras=request.extras)
-        draws = tuple(one.next_draw() for one in (self, *self.forks)) if stop == len(self.tokens) else ()
+        draws = tuple(member.next_draw() for member in (self, *self.forks)) if stop == len(self.tokens) else ()
         return Chunk(
             self.row,
             tokens,
@@ -202,12 +202,12 @@ class Sequence:
         )
 
     def next_draw(self) -> Draw:
-        """How to draw the next generated token."""
+        """Return the parameters to draw the next token."""
         assert isinstance(self.request, Generate)
         return Draw(self.request.sampling, len(self.tokens) + self.num_generated, self.num_generated)
 
     def timings(self, now: float) -> Timings:
-        """How long it waited, read and generated until now."""
+        """Return how long the sequence has waited, read and generated until `now`."""
         admitted = self.admitted or now
         read = self.read or now
         return Timings(
@@ -216,7 +216,7 @@ class Sequence:
 
 
 def _fork_requests(request: Generate | Score) -> list[Generate | Score]:
-    """Each fork as a request of its own, for what comes after the part that is shared."""
+    """Return a request for each fork, which continues after the shared tokens."""
     if isinstance(request, Score):
         return [Score(name, tokens, 0, request.extras, request.timeout_s) for name, tokens in request.forks]
     replace = msgspec.structs.replace

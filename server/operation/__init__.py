@@ -1,1 +1,1 @@
-"""For operators: health, tracing, Ray Serve's proxy."""
+"""Operation of the server: health, tracing, Ray Serve's proxy."""

@@ -1,7 +1,7 @@
-"""What stands before Ray Serve's proxy: an answer whose replica is gone still ends as every failure. Knows no Ray.
+"""Middleware of Ray Serve's proxy: ends a response with a proper error if its replica dies. Knows no Ray.
 
-Ray Serve puts it there if the environment has RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH with the value
-server.operation.ray_proxy:middlewares. Without it such an answer is cut off.
+Ray Serve installs it if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=server.operation.ray_proxy:middlewares is set.
+Without it, such a response is cut off.
 """
 
 import uuid
@@ -19,12 +19,12 @@ WHY = "the replica that worked on the request is gone; the same request may be s
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray Serve asks for."""
+    """Return the middlewares for Ray Serve's proxy."""
     return [Middleware(ReplicaLost)]
 
 
 class ReplicaLost:
-    """Answers where a replica can no longer: 503 engine_down, or an error event as the last one of a stream."""
+    """Middleware that responds for a dead replica: 503 engine_down, or an error as the last event of a stream."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -34,14 +34,14 @@ class ReplicaLost:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
-        await self._app(scope, receive, answer.send)
-        if not answer.is_complete:
-            await answer.complete(Headers(scope=scope).get(REQUEST_ID) or uuid.uuid4().hex)
+        response = _ProxiedResponse(send)
+        await self._app(scope, receive, response.send)
+        if not response.is_complete:
+            await response.complete(Headers(scope=scope).get(REQUEST_ID) or uuid.uuid4().hex)
 
 
-class _Answer:
-    """An answer on its way through the proxy."""
+class _ProxiedResponse:
+    """A response that passes through the proxy."""
 
     def __init__(self, send: Send) -> None:
         self.is_complete = False
@@ -57,7 +57,7 @@ class _Answer:
         await self._send(message)
 
     async def complete(self, request_id: str) -> None:
-        """Say that it is all. An answer that began and is no stream stays cut off, which is all one can tell of it."""
+        """End the response with an error. A plain response that has begun stays cut off: nothing else can mark it."""
         error = EngineDown(WHY)
         if self._headers is None:
             body = msgspec.json.encode(error_reply(error, request_id=request_id))
@@ -76,6 +76,6 @@ class _Answer:
 
 
 def _with_one_id(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The proxy adds the id it knows to that of the replica, which comes first and may be one that the body named."""
+    """Keep only the first request id: the replica's, which knows an id in the body. The proxy adds its own after it."""
     first = next((pair for pair in headers if pair[0] == REQUEST_ID.encode()), None)
     return [pair for pair in headers if pair is first or pair[0] != REQUEST_ID.encode()]

@@ -1,8 +1,8 @@
-"""The span of a request, after OpenTelemetry's conventions for HTTP servers and generative models. Knows no endpoint.
+"""The trace span of a request, by OpenTelemetry's conventions for HTTP servers and generative models.
 
-No text of a request is in it, nor the query of its URL. Nothing is done for a token. FastAPI has spans of its own; they
-stay off, for they end before the counts of an answer are known, take a client that leaves for a failure of the server,
-and a stream that failed for a success.
+Knows no endpoint. A span has neither text of a request nor the query of its URL, and a token costs no tracing work.
+FastAPI's own spans stay off: they end before the counts of a response are known, report a client that disconnects as a
+failure of the server, and a failed stream as a success.
 """
 
 import time
@@ -24,24 +24,24 @@ from server.web.exchange import exchange_of
 
 PROVIDER = "allattn"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"})
-UNTRACED = frozenset({"/health", "/health/live", "/health/ready", "/healthz", "/readyz", "/metrics"})  # asked for ever
-MAX_PORT_DIGITS = 5  # the client names the port
-FAILURES = frozenset({"error", "unfinished"})  # endings of sequences whose answer had begun
+UNTRACED = frozenset({"/health", "/health/live", "/health/ready", "/healthz", "/readyz", "/metrics"})  # polled
+MAX_PORT_DIGITS = 5  # the Host header may name any port
+FAILURES = frozenset({"error", "unfinished"})  # finish reasons that make a response a failure, even with status 200
 
 
 def make_provider(*, name: str, version: str) -> TracerProvider:
-    """What sends spans to the collector of the standard variables. Raises ValueError where one of them is wrong."""
-    given = OTELResourceDetector().detect().attributes  # of OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES
-    resource = Resource.create({SERVICE_NAME: name, SERVICE_VERSION: version, **given})
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # there is no exit, see server.__main__.run
+    """Return a provider that sends spans to the collector that OTEL_* names. Raises ValueError for a bad variable."""
+    attributes = OTELResourceDetector().detect().attributes  # from OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES
+    resource = Resource.create({SERVICE_NAME: name, SERVICE_VERSION: version, **attributes})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # `server.__main__.run` skips exit handlers
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
 
 
 class RequestSpans:
-    """Stands before the application as a traced proxy would: each request gets a span, and goes on as its child.
+    """Middleware that gives each request a span and passes it on with a `traceparent` header of that span.
 
-    So the trace that RequestLog reads off `traceparent` is that of the span, also where the client sent none.
+    So RequestLog logs the trace id of the span, also if the client sent no `traceparent`.
     """
 
     def __init__(self, app: ASGIApp, *, tracer: Tracer, model: str) -> None:
@@ -62,13 +62,13 @@ class RequestSpans:
         carrier: dict[str, str] = {}
         TraceContextTextMapPropagator().inject(carrier, set_span_in_context(span))
         headers.update(carrier)
-        answer = _Answer(send)
+        response = _TimedResponse(send)
         try:
-            await self._app(scope, receive, answer.send)
+            await self._app(scope, receive, response.send)
         finally:
-            self._end(span, scope=scope, answer=answer)
+            self._end(span, scope=scope, response=response)
 
-    def _end(self, span: Span, *, scope: Scope, answer: "_Answer") -> None:
+    def _end(self, span: Span, *, scope: Scope, response: "_TimedResponse") -> None:
         if not span.is_recording():
             return
         exchange = exchange_of(scope)
@@ -85,27 +85,27 @@ class RequestSpans:
         elif status == 200 and summary and (failed := FAILURES.intersection(summary.finish_reasons)):
             _fail(span, min(failed))
         if summary is not None:
-            self._add_phases(span, summary, answer=answer)
+            self._add_phases(span, summary, response=response)
         span.end()
 
-    def _add_phases(self, span: Span, summary: WorkSummary, *, answer: "_Answer") -> None:
-        """Child spans of what the engine did for a single sequence; those of several overlap, and nobody tells when.
+    def _add_phases(self, span: Span, summary: WorkSummary, *, response: "_TimedResponse") -> None:
+        """Add a child span for each phase of a single sequence. Several sequences overlap at unknown times.
 
-        A stream begins to answer once its sequence is submitted, all else once it has ended.
+        The response of a stream begins when its sequence is submitted, a plain response when it has ended.
         """
         durations = [(name.removesuffix("_ms"), ms) for name, ms in summary.longest_ms.items()]
         known = [(phase, round(ms * 1e6)) for phase, ms in durations if ms is not None]
-        if summary.sequences != 1 or not known or answer.began is None:
+        if summary.sequences != 1 or not known or response.began is None:
             return
-        start = answer.began if answer.is_stream else answer.began - sum(ns for _, ns in known)
+        start = response.began if response.is_stream else response.began - sum(ns for _, ns in known)
         for phase, ns in known:
             child = self._tracer.start_span(phase, context=set_span_in_context(span), start_time=start)
             start += ns
             child.end(start)
 
 
-class _Answer:
-    """What is seen of an answer on its way: that it begins."""
+class _TimedResponse:
+    """A response that passes through RequestSpans, with the time at which it begins."""
 
     def __init__(self, send: Send) -> None:
         self.began: int | None = None  # ns since the epoch
@@ -120,14 +120,14 @@ class _Answer:
 
 
 def _name(scope: Scope) -> str:
-    """One of few, whatever the client calls its method."""
+    """Return the span's name. It has few values, even for clients that invent methods."""
     return scope["method"] if scope["method"] in METHODS else "HTTP"
 
 
 def _of_request(scope: Scope, *, headers: Headers) -> dict[str, Any]:
-    """What is known before there is an answer."""
+    """Return the attributes that are known before the response."""
     host, _, port = headers.get("host", "").rpartition(":")
-    if not (port.isdecimal() and len(port) <= MAX_PORT_DIGITS):  # of an IPv6 address, or none was named
+    if not (port.isdecimal() and len(port) <= MAX_PORT_DIGITS):  # part of an IPv6 address, or no port
         host, port = headers.get("host", ""), ""
     client = scope.get("client")
     known = {
@@ -144,7 +144,7 @@ def _of_request(scope: Scope, *, headers: Headers) -> dict[str, Any]:
 
 
 def _of_work(summary: WorkSummary, *, model: str) -> Iterator[tuple[str, Any]]:
-    """What an endpoint that had the engine work says at the end."""
+    """Yield the attributes of the engine's work, once it has ended."""
     yield "gen_ai.operation.name", "text_completion" if summary.generates else "score"
     yield "gen_ai.provider.name", PROVIDER
     yield "gen_ai.request.model", model

@@ -1,8 +1,8 @@
-"""OpenTelemetry tracing: whether it is on, where spans go, and that nobody waits for them. Knows no request.
+"""Set-up of OpenTelemetry tracing. Knows no request.
 
-It is on where the standard variables name a collector, and is set up by the same variables: OTEL_EXPORTER_OTLP_*,
-OTEL_TRACES_SAMPLER, OTEL_BSP_*, OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_SDK_DISABLED. Where it is off,
-nothing of OpenTelemetry is imported but the API, which FastAPI imports.
+Tracing is on if the standard variables name a collector. The same variables configure it: OTEL_EXPORTER_OTLP_*,
+OTEL_TRACES_SAMPLER, OTEL_BSP_*, OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_SDK_DISABLED. If tracing is off, only
+OpenTelemetry's API is imported, by FastAPI.
 """
 
 from __future__ import annotations
@@ -22,34 +22,37 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL = "http/protobuf"
-LAST_SPANS_S = 2.0  # for the collector to take what is left at the end
+LAST_SPANS_S = 2.0  # the longest wait for the collector at shutdown
 NAME = "allattn"
 
 
 class Tracing:
-    """Spans on their way to a collector: in batches, from a thread, dropped where it does not take them."""
+    """The export of spans to a collector: in batches, from a thread, dropped if the collector does not accept them."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
 
     def install(self, app: FastAPI, *, model: str) -> None:
-        """Have a span of each request to `app`. To be called last: what is installed later is not in it."""
+        """Record a span of each request to `app`. Call it last: a span does not cover middlewares installed later."""
         from server.operation.request_spans import RequestSpans
 
         app.add_middleware(RequestSpans, tracer=self._provider.get_tracer(NAME, package_version()), model=model)
 
     def close(self, timeout_s: float = LAST_SPANS_S) -> None:
-        """Send what is left; a collector that does not take it in time loses it. Blocks for so long at most."""
+        """Send the remaining spans. Blocks for at most `timeout_s`; spans left after that are lost."""
         last = threading.Thread(target=self._provider.shutdown, daemon=True)
         last.start()
         last.join(timeout_s)
 
 
 def open_tracing(environ: Mapping[str, str]) -> Tracing | None:
-    """What the standard variables ask for; None where they name no collector. `environ`: that of this process.
+    """Return the tracing that the standard variables configure; None if they name no collector.
+
+    Args:
+        environ: the environment of this process.
 
     Raises:
-        ConfigError: they ask for what there is not, or OpenTelemetry's SDK is not installed.
+        ConfigError: a variable has an unsupported value, or OpenTelemetry's SDK is not installed.
     """
     endpoint = next((name for name in ENDPOINTS if environ.get(name)), None)
     if endpoint is None or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
@@ -59,9 +62,9 @@ def open_tracing(environ: Mapping[str, str]) -> Tracing | None:
         return None
     if exporter != "otlp":
         raise ConfigError(f"OTEL_TRACES_EXPORTER = {exporter!r}; allowed: otlp, none")
-    named = next((name for name in PROTOCOLS if environ.get(name)), None)
-    if named is not None and environ[named] != PROTOCOL:
-        raise ConfigError(f"{named} = {environ[named]!r}; allowed: {PROTOCOL}")
+    variable = next((name for name in PROTOCOLS if environ.get(name)), None)
+    if variable is not None and environ[variable] != PROTOCOL:
+        raise ConfigError(f"{variable} = {environ[variable]!r}; allowed: {PROTOCOL}")
     try:
         from server.operation.request_spans import make_provider
     except ModuleNotFoundError as missing:
@@ -71,5 +74,5 @@ def open_tracing(environ: Mapping[str, str]) -> Tracing | None:
         raise ConfigError(f"{why}: pip install 'allattn[otel]', or unset it") from None
     try:
         return Tracing(make_provider(name=NAME, version=package_version()))
-    except ValueError as error:  # a value of one of its other variables
+    except ValueError as error:  # another variable has a bad value
         raise ConfigError(f"OpenTelemetry cannot be set up: {error}") from None

@@ -1,7 +1,7 @@
-"""Messages as frames on the socket between the two processes: 4 bytes of length, little-endian, then msgpack.
+"""Frames on the socket between the API process and the engine process: 4 bytes of length, little-endian, then msgpack.
 
-One nameless socket pair per engine process: no file is left behind whatever happens, the death of either side ends the
-other's reading at once, and nothing that one engine process said can reach its successor.
+Each engine process has its own unnamed socket pair. So a crash leaves no file behind, the death of either process ends
+the other's reading at once, and no message of an engine process can reach its successor.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ LENGTH = struct.Struct("<I")
 
 
 class End(msgspec.Struct, tag=True, frozen=True):
-    """To the engine: end all sequences with "shutdown", say so, exit.
+    """To the engine: end all sequences with "shutdown", report their endings and exit.
 
-    A message and not a signal, for a signal may come to both processes from a terminal or a service manager, while the
-    API process still wants live work to finish.
+    It is a message because a terminal or a service manager may send a signal to both processes, while the API process
+    still waits for live work to finish.
     """
 
 
@@ -28,7 +28,7 @@ Heard = ToEngine | End
 
 
 def encode_frame(message: msgspec.Struct, *, encoder: msgspec.msgpack.Encoder) -> bytearray:
-    """The bytes that carry a message."""
+    """Return the frame of a message."""
     data = bytearray(LENGTH.size)
     encoder.encode_into(message, data, LENGTH.size)
     LENGTH.pack_into(data, 0, len(data) - LENGTH.size)
@@ -36,13 +36,13 @@ def encode_frame(message: msgspec.Struct, *, encoder: msgspec.msgpack.Encoder) -
 
 
 class Frames:
-    """Cuts what a stream socket delivers, in pieces of any size, back into the bodies of frames."""
+    """Splitter of the bytes of a stream socket, in pieces of any size, into the bodies of frames."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytearray]:
-        """The frames that these bytes complete."""
+        """Add bytes and return the bodies of the frames that they complete."""
         buffer = self._buffer
         buffer += data
         frames, start = [], 0
@@ -58,10 +58,10 @@ class Frames:
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets with room for some large messages; no other process inherits them by itself."""
+    """Return two connected sockets with buffers for several large messages. Child processes do not inherit them."""
     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     for end in pair:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            with contextlib.suppress(OSError):  # the system allows less; the pipe is only slower then
+            with contextlib.suppress(OSError):  # the system allows less, which only makes the pipe slower
                 end.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
     return pair

@@ -1,4 +1,4 @@
-"""Replies as JSON bytes, plain and as server-sent events."""
+"""Encodes replies as JSON, plain and as server-sent events."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ _ENCODER = msgspec.json.Encoder()
 
 
 def encode_event(event: Struct) -> bytes:
-    """A server-sent event: JSON in one data line."""
+    """Return a server-sent event: JSON in one data line."""
     return b"data: " + _ENCODER.encode(event) + b"\n\n"
 
 
 def encode(reply: Struct | Sequence[Struct]) -> bytes:
-    """JSON. Infinities and NaN become null."""
+    """Return JSON. Infinities and NaN become null."""
     return _ENCODER.encode(reply)

@@ -1,1 +1,1 @@
-"""What a request is once its dialect is gone: admission, prompts, generated and scored sequences."""
+"""Requests in the terms of the engine, without a wire format: admission, prompts, generation and scoring."""

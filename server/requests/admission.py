@@ -1,6 +1,6 @@
-"""How much may wait: sequences and prompt tokens, decided before any work is done, and when there will be room again.
+"""Admission control: limits on live sequences and on waiting prompt tokens, checked before any work is done.
 
-Knows no HTTP and no engine; it is told what comes and what goes.
+Knows no HTTP and no engine: the service reports which sequences enter and leave.
 """
 
 import time
@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 from server.errors import InvalidField, QueueFull
 
-RATE_WINDOW = 64  # endings that the drain rate is measured over
-RATE_HORIZON_S = 30.0  # older ones say nothing about now
-FIRST_GUESS_S = 1.0  # when to come back, while nothing has ended yet
+RATE_WINDOW = 64  # endings over which the rate is measured
+RATE_HORIZON_S = 30.0  # older endings say nothing about the present rate
+FIRST_GUESS_S = 1.0  # the wait that a client gets while no sequence has ended yet
 LONGEST_WAIT_S = 60.0
 
 
 class Admission:
-    """Counts what lives and what waits to be read, and refuses what would be too much."""
+    """Counter of live sequences and waiting prompt tokens that refuses a request over the limits."""
 
     def __init__(
         self,
@@ -26,26 +26,31 @@ class Admission:
         tokens_waiting: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Of sequences at most so many may live, computed or waiting; of tokens so many wait to be read.
+        """Start with nothing admitted.
 
-        tokens_waiting: as the engine last said.
+        Args:
+            max_sequences: the most sequences that may live, with a row or waiting for one.
+            max_tokens: the most prompt tokens that may wait to be read.
+            tokens_waiting: returns the prompt tokens that wait, as the engine last reported them.
+            clock: returns seconds.
         """
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
         self.num_live = 0
-        self._unheard = [0, 0]  # tokens that came before and after the engine's last word, of which it may not know yet
+        # Tokens admitted before and after the engine's last report. That report may not count them yet.
+        self._unreported = [0, 0]
         self._tokens_waiting = tokens_waiting
         self._endings: deque[float] = deque(maxlen=RATE_WINDOW)
         self._clock = clock
 
     def check(self, num_sequences: int, *, num_tokens: int, field: str = "inputs") -> None:
-        """Refuse so many sequences of so many prompt tokens. `field` is what asks for so many.
+        """Refuse a request over the limits. `field` names the field that sets the number of sequences.
 
-        A request is never refused for its tokens while nothing else waits, or it would never be served.
+        A request is never refused for its tokens while no other tokens wait: it could never be served.
 
         Raises:
-            InvalidField: they would not fit into an empty server.
-            QueueFull: they do not fit now.
+            InvalidField: the request would not fit into an empty server.
+            QueueFull: the request does not fit now.
         """
         if num_sequences > self.max_sequences:
             raise InvalidField(
@@ -59,7 +64,7 @@ class Admission:
                 f"the limit is {self.max_sequences}",
                 retry_after_s=self.seconds_until_ended(excess),
             )
-        waiting = self._tokens_waiting() + sum(self._unheard)
+        waiting = self._tokens_waiting() + sum(self._unreported)
         if waiting and waiting + num_tokens > self.max_tokens:
             raise QueueFull(
                 f"{waiting} prompt tokens wait to be read and up to {num_tokens} more were asked for; "
@@ -68,21 +73,24 @@ class Admission:
             )
 
     def enter(self, num_sequences: int, *, num_tokens: int) -> None:
-        """They live from now on, and so many prompt tokens wait to be read."""
+        """Count admitted sequences as live, and their prompt tokens as waiting."""
         self.num_live += num_sequences
-        self._unheard[1] += num_tokens
+        self._unreported[1] += num_tokens
 
     def hear(self) -> None:
-        """The engine has said what waits; what came since its word before this one may have crossed it on its way."""
-        self._unheard = [self._unheard[1], 0]
+        """Note a report of the engine, which counts all tokens admitted before its previous report.
+
+        Tokens admitted since then stay unreported: their message may still have been on its way to the engine.
+        """
+        self._unreported = [self._unreported[1], 0]
 
     def leave(self) -> None:
-        """One has ended."""
+        """Count one sequence as ended."""
         self.num_live -= 1
         self._endings.append(self._clock())
 
     def seconds_until_ended(self, num_sequences: int) -> float:
-        """How long it will take until so many have ended, at the rate of the last endings."""
+        """Return the seconds until `num_sequences` will have ended, at the rate of the latest endings."""
         now = self._clock()
         while self._endings and self._endings[0] < now - RATE_HORIZON_S:
             self._endings.popleft()

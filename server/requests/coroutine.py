@@ -1,11 +1,14 @@
-"""Begin a coroutine outside of any task: most of those that write to a socket have nothing to wait for."""
+"""Start a coroutine without a task, because most coroutines that write to a socket never wait."""
 
 from collections.abc import Coroutine, Generator
 from typing import Any
 
 
 def begin(coroutine: Coroutine[Any, Any, None]) -> "Rest | None":
-    """Run it to its end, or until it has to wait: then the rest of it, for a task to await. Raises what it raises."""
+    """Run `coroutine` until it ends or waits; return the rest of it for a task to await, or None at its end.
+
+    Raises what the coroutine raises.
+    """
     try:
         waits_for = coroutine.send(None)
     except StopIteration:
@@ -14,20 +17,20 @@ def begin(coroutine: Coroutine[Any, Any, None]) -> "Rest | None":
 
 
 class Rest:
-    """What is left of a coroutine that has been begun. Await it once."""
+    """The part of a started coroutine that has not run yet. Await it once."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, None], *, waits_for: Any) -> None:
         self._coroutine = coroutine
         self._waits_for = waits_for
 
     def __await__(self) -> Generator[Any, Any, None]:
-        """Hand on what the coroutine waits for, first of all what it was waiting for when it was begun."""
+        """Yield each object that the coroutine waits for, beginning with the one at which `begin` stopped."""
         waits_for = self._waits_for
         while True:
             failure: BaseException | None = None
             try:
                 yield waits_for
-            except BaseException as error:  # a cancellation, say: the coroutine's own affair
+            except BaseException as error:  # for example a cancellation: the coroutine handles it
                 failure = error
             try:
                 waits_for = self._coroutine.send(None) if failure is None else self._coroutine.throw(failure)

@@ -1,6 +1,6 @@
-"""One generated sequence: the engine's tokens become outputs, text and counts. Knows no HTTP and no dialect.
+"""One generated sequence: turns the engine's tokens into outputs, text and counts. Knows no HTTP and no dialect.
 
-A plain reply is folded from the same outputs as a stream, so the two cannot differ.
+A plain reply and a stream are made from the same outputs, so the two cannot differ.
 """
 
 import math
@@ -22,17 +22,17 @@ from server.requests.service import LiveSequence, Service
 
 Send = Callable[[bytes], Coroutine[Any, Any, None]]
 Encode = Callable[[Output], bytes]
-JSON_BYTES = 256  # of a listed token, about
+JSON_BYTES = 256  # approximate size of a listed token
 
 
 class Generation:
-    """A live sequence and all that is known of it so far."""
+    """A live generated sequence with its tokens, text and sums so far."""
 
     def __init__(
         self,
         plan: GenerationPlan,
         *,
-        place: int,
+        index: int,
         prompt: PromptScores | None,
         live: LiveSequence,
         service: Service,
@@ -41,17 +41,17 @@ class Generation:
         """Make the generation of one live sequence.
 
         Args:
-            place: among the sequences of one input.
-            prompt: the scores to report first, if they are asked for.
-            is_alone: whether the request has no other sequence, so that a deadline without any token is its failure.
+            index: number of the sequence among those of the same input, from 0.
+            prompt: the prompt's scores to report first, if the client asks for them.
+            is_alone: whether the request has no other sequence; then it fails if its time runs out before any token.
         """
         self.plan = plan
         self.ending: Ending | None = None
         self.num_tokens = 0
         self.logprob_sum = 0.0
-        self._place = place
+        self._index = index
         self._is_alone = is_alone
-        self._prompt = prompt  # None once it was reported
+        self._prompt = prompt  # None once reported
         self._live = live
         self._service = service
         self._eos_id = service.tokenizer.eos_id
@@ -63,21 +63,21 @@ class Generation:
 
     @property
     def mean_logprob(self) -> float:
-        """Per token; the worst of all where there is none."""
+        """Mean log-probability of a token in nats; minus infinity without tokens."""
         return self.logprob_sum / self.num_tokens if self.num_tokens else -math.inf
 
     async def run(self, send: Send, *, encode: Encode) -> None:
-        """Send every output; the last one has the ending. One call of `send` for all outputs that are there.
+        """Send every output; the last output has the ending. Outputs that are ready together share one call of `send`.
 
-        Leaving early, by a cancellation or because `send` raises, frees the row. So does `close` where this was never
-        awaited.
+        A cancellation, or an exception of `send`, frees the row. `close` frees it if nobody ever awaits this method.
 
         Args:
-            encode: gives the bytes of an output; called for each one once, in order.
+            send: writes bytes to the client.
+            encode: returns the bytes of an output; called once for each output, in order.
 
         Raises:
-            RequestTimeout: time was up before the first token.
-            EngineDown, InternalError: the engine gave the sequence up.
+            RequestTimeout: the time limit passed before the first token.
+            EngineDown, InternalError: the engine gave up the sequence.
         """
         try:
             while self.ending is None:
@@ -89,7 +89,7 @@ class Generation:
             self.close()
 
     async def _run_ahead(self, send: Send, encode: Encode) -> None:
-        """Send tokens in the turn in which they come, as long as they end nothing and the client keeps up."""
+        """Send each token as soon as it arrives, until a token ends the sequence or the client reads too slowly."""
         rest: Rest | None = None
 
         def take(message: Token) -> bool:
@@ -106,7 +106,7 @@ class Generation:
             await rest
 
     async def fold(self, *, keep_tokens: bool) -> Generated:
-        """Run to the end; the sequence as a whole, its tokens only if they are kept. Raises as `run` does."""
+        """Run to the end and return the whole sequence, with its tokens if `keep_tokens`. Raises as `run` does."""
         outputs: list[Output] = []
         prompt = None
         try:
@@ -115,7 +115,7 @@ class Generation:
                 if outputs and outputs[0].prompt is not None:
                     prompt = outputs.pop(0).prompt
                 if not keep_tokens:
-                    outputs.clear()  # the text is all in the ending
+                    outputs.clear()  # the ending has the whole text
         finally:
             self.close()
         tokens = [output.token for output in outputs if output.token is not None]
@@ -124,7 +124,7 @@ class Generation:
         return Generated(self.ending, tokens, tops, prompt)
 
     def close(self) -> None:
-        """Free the row and count the ending, whatever it was. Once is enough, twice does no harm."""
+        """Free the row and count the ending. A second call does nothing."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -134,7 +134,7 @@ class Generation:
             self._service.metrics.count_abandoned(reason if reason in ("error", "timeout") else "cancelled")
 
     async def _next_outputs(self) -> list[Output]:
-        """The outputs of all that the engine has said meanwhile; in the end the last one, and `ending` is set."""
+        """Wait for messages of the engine and return their outputs. Sets `ending` with the last output."""
         messages = await self._live.take()
         now, num_before = time.perf_counter(), self.num_tokens
         outputs: list[Output] = []
@@ -145,7 +145,7 @@ class Generation:
                 continue
             if self._prompt is not None:
                 outputs.append(await self._report_prompt(self._prompt))
-            if isinstance(message, Ended):  # an ending that no token foretold: cancelled, timeout, shutdown
+            if isinstance(message, Ended):  # the sequence ended between two tokens: cancelled, timeout, shutdown
                 outputs.append(self._last_output(message, last=None))
                 break
             output = self._output(message)
@@ -158,15 +158,15 @@ class Generation:
         return outputs
 
     async def _report_prompt(self, prompt: PromptScores) -> Output:
-        """The prompt's output: the first sequence of an input has heard its scores, and completes them for all."""
-        if self._place == 0:
+        """Return the prompt's output. The first sequence of an input receives all scores and completes them."""
+        if self._index == 0:
             await prompt.complete()
         self._prompt = None
         return Output(0, prompt=await prompt.tokens())
 
     @property
     def _is_complete(self) -> bool:
-        """Whether the sequence is over with the token just taken."""
+        """Whether the latest token ends the sequence."""
         return (
             self._end_token is not None
             or self._text.matched_stop is not None
@@ -179,7 +179,7 @@ class Generation:
         return await self._live.ending()
 
     def _output(self, message: Token) -> Output:
-        """The hot path: once for each token."""
+        """Return the output of a new token. This is the hot path: it runs once for each token."""
         token, logprob = message.token, message.logprob
         self.num_tokens += 1
         self.logprob_sum += logprob
@@ -196,9 +196,9 @@ class Generation:
         return [OutputToken(token, text(token), logprob, token == eos) for token, logprob in message.top]
 
     def _last_output(self, ended: Ended, *, last: Output | None) -> Output:
-        """The output with the ending. `last`: the output of the last token, if the ending is told with it.
+        """Return the output with the ending. `last`: the last token's output, if that output carries the ending.
 
-        Raises RequestTimeout where time was up before the first token of the only sequence.
+        Raises RequestTimeout if the time limit passed before the first token of the only sequence.
         """
         if ended.finish_reason == "timeout" and not self.num_tokens and self._is_alone:
             raise RequestTimeout(f"no token was generated within the {self.plan.timeout_s} s of timeout_s")
@@ -217,14 +217,14 @@ class Generation:
             finish_reason,
             seconds=time.perf_counter() - self._live.submitted,
             queue_s=ended.timings.queue_ms / 1000,
-            prompt_tokens=0 if self._place else num_prompt_tokens,  # read once for all sequences of an input
+            prompt_tokens=0 if self._index else num_prompt_tokens,  # all sequences of an input share one reading
         )
         return Ending(
             text="".join(self._pieces),
             finish_reason=finish_reason,
             num_tokens=self.num_tokens,
             num_prompt_tokens=num_prompt_tokens,
-            seed=self.plan.seed(self._place),
+            seed=self.plan.seed(self._index),
             matched_stop=matched,
             logprob_sum=self.logprob_sum,
             timings=ended.timings,
@@ -244,6 +244,6 @@ class Generation:
 
 
 async def _encoded(outputs: Sequence[Output], encode: Encode) -> bytes:
-    """The bytes of all outputs; those of a long prompt are made in a thread."""
+    """Return the bytes of all outputs, made in a thread if they list a long prompt."""
     size = sum(JSON_BYTES * len(output.prompt) for output in outputs if output.prompt is not None)
     return await beside_the_loop(lambda: b"".join(map(encode, outputs)), size=size)

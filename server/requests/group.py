@@ -1,4 +1,4 @@
-"""The generated sequences of a request: made together, chosen from at the end, told of in the log."""
+"""The group of all generated sequences of a request: makes them, selects the best and summarises them for the log."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from server.requests.service import LiveSequence, Service
 
 @dataclass(frozen=True)
 class GenerationGroup:
-    """Live sequences, those of the first input first."""
+    """All generated sequences of a request, in the order of its inputs."""
 
-    plans: list[GenerationPlan]  # one an input
+    plans: list[GenerationPlan]  # one for each input
     generations: list[Generation]
-    num_returned: int  # of the sequences of each input
+    num_returned: int  # sequences of each input that the reply has
 
     @classmethod
     def of(
@@ -28,31 +28,34 @@ class GenerationGroup:
         num_returned: int,
         is_alone: bool,
     ) -> "GenerationGroup":
-        """The group of admitted sequences. `live`: in the order of the plans; `is_alone`: see `Generation`."""
+        """Make the group of admitted sequences. `live`: in the order of the plans; `is_alone`: see `Generation`."""
         prompts = [
             None
             if plan.prompt_extras is None
             else PromptScores(plan.tokens, tokenizer=service.tokenizer, extras=plan.prompt_extras)
             for plan in plans
         ]
-        places = [
-            (plan, prompt, place)
+        members = [
+            (plan, prompt, index)
             for plan, prompt in zip(plans, prompts, strict=True)
-            for place in range(plan.num_sequences)
+            for index in range(plan.num_sequences)
         ]
         generations = [
-            Generation(plan, place=place, prompt=prompt, live=one, service=service, is_alone=is_alone)
-            for one, (plan, prompt, place) in zip(live, places, strict=True)
+            Generation(plan, index=index, prompt=prompt, live=sequence, service=service, is_alone=is_alone)
+            for sequence, (plan, prompt, index) in zip(live, members, strict=True)
         ]
         return cls(plans, generations, num_returned)
 
     def close(self) -> None:
-        """Let go of all sequences, also of those that nobody came to wait for."""
-        for one in self.generations:
-            one.close()
+        """Free the rows of all sequences, also of sequences that nobody awaited."""
+        for generation in self.generations:
+            generation.close()
 
     def returned(self, results: Sequence[Generated]) -> list[Generated]:
-        """The results that were asked for: all, or those of the best sequences of each input. They come in order."""
+        """Return the results for the reply: of each input the sequences with the highest mean log-probability.
+
+        The inputs keep their order. Without best_of, all results are returned in their order.
+        """
         chosen: list[Generated] = []
         pairs = list(zip(self.generations, results, strict=True))
         start = 0
@@ -65,13 +68,13 @@ class GenerationGroup:
         return chosen
 
     def summary(self, *, user: str | None = None) -> WorkSummary:
-        """For the log: counts and times, no text."""
-        endings = [one.ending for one in self.generations]
+        """Return counts and times for the log, and no text."""
+        endings = [generation.ending for generation in self.generations]
         return WorkSummary(
             sequences=len(endings),
             prompt_tokens=sum(len(plan.tokens) for plan in self.plans),
-            generated_tokens=sum(one.num_tokens for one in self.generations),
-            finish_reasons=["unfinished" if one is None else one.finish_reason for one in endings],
-            timings=[one.timings for one in endings if one is not None],
+            generated_tokens=sum(generation.num_tokens for generation in self.generations),
+            finish_reasons=["unfinished" if ending is None else ending.finish_reason for ending in endings],
+            timings=[ending.timings for ending in endings if ending is not None],
             user=user,
         )

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. Names and meanings are vLLM's where it has them. Knows no request."""
+"""Prometheus metrics. A metric that vLLM has too has the same name and meaning. Knows no request."""
 
 import time
 from bisect import bisect_left
@@ -17,7 +17,7 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class EngineState(Protocol):
-    """What is read off the link whenever the metrics are."""
+    """The state of the engine that gauges read at each scrape."""
 
     @property
     def state(self) -> LinkState: ...  # noqa: D102
@@ -34,7 +34,7 @@ class EngineState(Protocol):
 
 
 class Metrics:
-    """All of them, in a registry of their own."""
+    """All metrics of the server, in their own registry."""
 
     def __init__(self, engine: EngineState, *, num_rows: int) -> None:
         self.registry = CollectorRegistry()
@@ -67,10 +67,10 @@ class Metrics:
         self._rejected = self._counter("requests_rejected_total", "Requests refused, by reason.", "reason")
 
     def observe_step(self, step: Step) -> None:
-        """One step of the engine, as it is heard of. Steps without work are not counted.
+        """Record one engine step on arrival. Steps without work are not counted.
 
-        A row that decodes had its token before in the step before, so the time between two steps is that between two
-        tokens of each of its rows.
+        A decoding row produced its previous token in the previous step, so the time between two steps is the time
+        between two tokens of each decoding row.
         """
         now = time.perf_counter()
         if step.num_decoded:
@@ -85,13 +85,13 @@ class Metrics:
             self._batch.observe(step.num_decoded)
 
     def observe_first_token(self, seconds: float) -> None:
-        """Since the sequence was admitted."""
+        """Record a first token that came `seconds` after the sequence was admitted."""
         self._first_token.observe(seconds)
 
     def count_finished(
         self, finish_reason: str, *, seconds: float, queue_s: float, prompt_tokens: int = 0, scored_tokens: int = 0
     ) -> None:
-        """A sequence has had its ending, `seconds` after it was admitted."""
+        """Count a sequence that ended `seconds` after it was admitted."""
         self._finished.labels(finish_reason).inc()
         self._latency.observe(seconds)
         self._queue_time.observe(queue_s)
@@ -99,11 +99,11 @@ class Metrics:
         self._scored_tokens.inc(scored_tokens)
 
     def count_abandoned(self, finish_reason: str) -> None:
-        """A sequence had no answer: its client left ("cancelled") or the engine gave it up ("error")."""
+        """Count a sequence without a reply: its client left ("cancelled") or the engine gave it up ("error")."""
         self._finished.labels(finish_reason).inc()
 
     def count_rejected(self, reason: str) -> None:
-        """A request was answered with an error. `reason` is the error's code."""
+        """Count a refused request. `reason` is the error's code."""
         self._rejected.labels(reason).inc()
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
@@ -117,7 +117,7 @@ class Metrics:
 
 
 class TokenHistogram(Collector):
-    """A histogram that costs a fraction of a microsecond a token, for the one event that happens for every token."""
+    """A histogram cheap enough for an event of every token: it costs a fraction of a microsecond a token."""
 
     def __init__(self, name: str, text: str, *, bounds: Sequence[float]) -> None:
         self._name, self._text, self._bounds = name, text, bounds
@@ -125,12 +125,12 @@ class TokenHistogram(Collector):
         self._sum = 0.0
 
     def observe(self, value: float, count: int) -> None:
-        """Add `count` events of one value."""
+        """Add `count` events of the same value."""
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """What Prometheus reads."""
+        """Yield the histogram for Prometheus."""
         buckets, total = [], 0
         for bound, number in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
             total += number

@@ -1,14 +1,14 @@
-"""Work that takes long is done in a thread, beside the event loop, so that the streams of others go on."""
+"""Moves long work from the event loop to a thread, so that other streams continue meanwhile."""
 
 import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-INLINE_BYTES = 1 << 14  # reading less takes under a millisecond, as long as moving it to a thread
+INLINE_BYTES = 1 << 14  # work on fewer bytes takes under a millisecond, about what the move to a thread costs
 
 Result = TypeVar("Result")
 
 
 async def beside_the_loop(work: Callable[[], Result], *, size: int) -> Result:
-    """Do `work` on `size` bytes: in a thread where it would hold up the streams of others."""
+    """Return the result of `work` on `size` bytes, done in a thread if it would delay other streams."""
     return work() if size <= INLINE_BYTES else await asyncio.to_thread(work)

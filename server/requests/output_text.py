@@ -1,8 +1,8 @@
-"""The text of one growing sequence: bytes become characters, and stop strings end it. Knows no request and no engine.
+"""The text of a sequence while it grows: joins bytes to characters and finds stop strings. Knows no request.
 
-Stop strings are found by an Aho-Corasick automaton (Aho and Corasick 1975): its state after a text is the longest
-suffix that begins some stop string, which is exactly what must be held back, and a character costs the same for one
-stop string as for a thousand.
+An Aho-Corasick automaton (Aho and Corasick 1975) finds the stop strings. Its state after a text is the longest suffix
+of the text that begins some stop string: exactly this suffix must be held back. A character costs the same for one stop
+string as for a thousand.
 """
 
 from collections import deque
@@ -12,20 +12,20 @@ from model.tokenizer import StreamingDecoder, Tokenizer
 
 
 class StopStrings:
-    """All stop strings of a request as one automaton. Holds no text, so the sequences of a request share it.
+    """An automaton of all stop strings of a request. It holds no text, so the sequences of a request share it.
 
-    A state is a number: the node of a prefix of some stop string, 0 for the empty one.
+    A state is the number of a node, which stands for a prefix of some stop string; 0 is the empty prefix.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        """Every stop string is at least one character; the cost is the sum of their lengths."""
+        """Build the automaton, in time linear in the total length. Every stop string has at least one character."""
         assert all(stops)
         self._children: list[dict[str, int]] = [{}]
         self._depth = [0]
         self._match: list[str | None] = [None]  # the longest stop string that ends in this state
         for stop in stops:
             self._insert(stop)
-        self._fallback = [0] * len(self._children)  # the state of the longest proper suffix that is a prefix too
+        self._fallback = [0] * len(self._children)  # the state of the longest proper suffix that is also a prefix
         self._link()
 
     def _insert(self, stop: str) -> None:
@@ -40,7 +40,7 @@ class StopStrings:
         self._match[state] = stop
 
     def _link(self) -> None:
-        """Breadth first, so that a state's fallback (which is shallower) is always complete before it is used."""
+        """Set all fallbacks, breadth first: a state's fallback is shallower, so it is complete before it is used."""
         queue = deque(self._children[0].values())
         while queue:
             state = queue.popleft()
@@ -54,13 +54,13 @@ class StopStrings:
         return len(self._children) > 1
 
     def advance(self, state: int, char: str) -> int:
-        """The state after one more character."""
+        """Return the state after one more character."""
         while state and char not in self._children[state]:
             state = self._fallback[state]
         return self._children[state].get(char, 0)
 
     def scan(self, state: int, text: str) -> tuple[int, int]:
-        """The state after `text`, or after the first stop string that it completes; and how many characters that is."""
+        """Return the state after `text`, or after the first stop string that it completes, and the characters read."""
         if not state and self._children[0].keys().isdisjoint(text):
             return 0, len(text)
         match, advance = self._match, self.advance
@@ -71,41 +71,41 @@ class StopStrings:
         return state, len(text)
 
     def match(self, state: int) -> str | None:
-        """The longest stop string that has just been completed."""
+        """Return the longest stop string that ends in this state, or None."""
         return self._match[state]
 
     def depth(self, state: int) -> int:
-        """Number of characters that may still become a stop string."""
+        """Return how many of the last characters may still become a stop string."""
         return self._depth[state]
 
 
 class OutputText:
-    """Turns token ids into the text that may be shown: whole characters, nothing of a stop string.
+    """Decoder of one sequence that releases only text the client may see: whole characters, no part of a stop string.
 
-    The stop string that is completed first wins, the longest of those that end at the same place, so the text does not
-    depend on how it was cut into tokens. A token costs O(its text + the text held back).
+    The stop string that is completed first wins, and the longest if several end at the same character, so the text does
+    not depend on its division into tokens. A token costs O(its text + the text held back).
 
-    What becomes certain with one of the first `num_free` tokens is shown at once and is no part of any stop string. (A
-    character that only a later token completes belongs to that token.)
+    The text of the first `num_free` tokens is released at once and is no part of any stop string. (A character that a
+    later token completes belongs to the later token.)
     """
 
     def __init__(self, tokenizer: Tokenizer, *, stops: StopStrings, num_free: int = 0) -> None:
         self._decoder = StreamingDecoder(tokenizer)
         self._stops = stops
         self._has_stops = bool(stops)
-        self._num_free = num_free  # left; -1 and less once other tokens have come
+        self._num_free = num_free  # free tokens left; below 0 once other tokens have come
         self._state = 0
         self._held = ""
         self.matched_stop: str | None = None
 
     def add(self, token: int) -> str:
-        """The text that is certain after one more token. Sets `matched_stop` once a stop string is complete."""
+        """Return the text that becomes certain with `token`. Sets `matched_stop` once a stop string is complete."""
         assert self.matched_stop is None
         text = self._decoder.add(token)
         return self._release(text) if self._has_stops else text
 
     def finish(self) -> str:
-        """The rest: what was held back, because nothing more can follow. Nothing after a stop string."""
+        """Return the text held back so far, as no token follows; "" after a stop string."""
         if self.matched_stop is not None:
             return ""
         rest = self._decoder.finish()

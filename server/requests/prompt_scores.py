@@ -1,4 +1,4 @@
-"""The scores of a prompt: the engine tells them to the first sequence of an input, and all sequences report them."""
+"""The scores of a prompt: the first sequence of an input receives them, and all sequences of the input report them."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ from server.requests.token_list import TokenLister
 
 
 class PromptScores:
-    """The tokens of one prompt with their figures, for all sequences that continue it."""
+    """Collector of the scores of one prompt, shared by all sequences that continue it."""
 
     def __init__(self, tokens: NDArray[np.int32], *, tokenizer: Tokenizer, extras: Extras) -> None:
         self._tokens = tokens
@@ -23,16 +23,16 @@ class PromptScores:
         self._whole: asyncio.Future[list[ScoredToken]] = asyncio.get_running_loop().create_future()
 
     def add(self, scores: Scores) -> None:
-        """Take the next stretch."""
+        """Add the scores of the next chunk."""
         self._parts.append(scores)
 
     async def complete(self) -> None:
-        """List the tokens: nothing more comes."""
+        """Make the list of tokens, after the last chunk."""
         if not self._whole.done():
             self._whole.set_result(await beside_the_loop(self._list, size=self._tokens.nbytes))
 
     async def tokens(self) -> list[ScoredToken]:
-        """All tokens of the prompt, once it is complete; those that were not read before the end have no figures."""
+        """Wait for `complete` and return all tokens of the prompt. Tokens that the engine did not read are unscored."""
         return await asyncio.shield(self._whole)
 
     def _list(self) -> list[ScoredToken]:

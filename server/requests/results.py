@@ -1,4 +1,4 @@
-"""What the engine's work comes to, in words of no dialect. Each dialect translates these to its own replies."""
+"""Results of generation and scoring, independent of any wire format. Each dialect translates them to its replies."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +10,20 @@ from server.protocol.messages import FinishReason, Timings
 
 
 class OutputToken(Struct, frozen=True, gc=False):
-    """One token of the output. `text` is what became certain with it, so the texts joined are the output.
+    """One token of the output. `text` is the text that became certain with it, so the texts joined are the output.
 
-    Among the most probable tokens it is a token that could have stood there, and `text` is that of its own bytes: part
-    of a character is U+FFFD.
+    In a list of the most probable tokens it is an alternative, and `text` is the text of its own bytes: part of a
+    character is U+FFFD.
     """
 
     id: int
     text: str
     logprob: float | None  # nats, under the model's own distribution
-    special: bool  # the model's own end of a text
+    special: bool  # whether it is the model's end-of-text token
 
 
 class TopToken(Struct, frozen=True):
-    """A token that could have stood there. Its `text` is that of its own bytes, so part of a character is U+FFFD."""
+    """One of the most probable tokens. `text` is the text of its own bytes, so part of a character is U+FFFD."""
 
     id: int
     text: str
@@ -31,9 +31,9 @@ class TopToken(Struct, frozen=True):
 
 
 class ScoredToken(Struct, frozen=True):
-    """One token of a scored text. Its figures are null where nothing came before it, and absent if not asked for.
+    """One token of a scored text. Its figures are null if no token came before it, and absent if not requested.
 
-    `text` is what became certain with it, so the texts joined are the whole. Rank 0 is the model's first choice.
+    `text` is the text that became certain with it, so the texts joined are the whole. Rank 0 means most probable.
     """
 
     id: int
@@ -46,73 +46,73 @@ class ScoredToken(Struct, frozen=True):
 
 
 class Ending(Struct, frozen=True):
-    """How a generated sequence went."""
+    """The end of a generated sequence: its text, counts and finish reason."""
 
     text: str  # the whole output
     finish_reason: FinishReason
     num_tokens: int
     num_prompt_tokens: int
-    seed: int  # gives this sequence again, alone
-    matched_stop: str | int | None  # the stop string, or the id of stop_token_ids
+    seed: int  # a request of one sequence with this seed repeats it
+    matched_stop: str | int | None  # the stop string, or the id from stop_token_ids
     logprob_sum: float
     timings: Timings
     fingerprint: str
 
 
 class Output(Struct, frozen=True, gc=False):
-    """What is new of a generated sequence. The last one has the `ending`.
+    """A new piece of a generated sequence. The last output has the `ending`.
 
-    `token` is null where the output is of the prompt, and where the sequence ended between two tokens (cancelled,
-    timeout, shutdown).
+    `token` is null if the output has the prompt, or if the sequence ended between two tokens (cancelled, timeout,
+    shutdown).
     """
 
     index: int  # tokens so far
     token: OutputToken | None = None
-    top: list[OutputToken] | None = None  # the most probable tokens in its place, best first; if asked for
+    top: list[OutputToken] | None = None  # the most probable tokens at its position, best first, if requested
     ending: Ending | None = None
-    prompt: list[ScoredToken] | None = None  # all of it; comes first, if asked for
+    prompt: list[ScoredToken] | None = None  # the whole prompt, in the first output, if requested
 
 
 class Generated(Struct, frozen=True):
-    """A generated sequence as a whole."""
+    """A complete generated sequence."""
 
     ending: Ending
     tokens: list[OutputToken]
-    tops: list[list[OutputToken]]  # of each token, if asked for
+    tops: list[list[OutputToken]]  # the most probable tokens at each position, if requested
     prompt: list[ScoredToken] | None
 
 
 class TextScore(Struct, frozen=True):
-    """The figures of one text over its scored tokens."""
+    """The score of one text over its scored tokens."""
 
     figures: Score
-    is_greedy: bool  # whether the model's first choice was the text's at every place
+    is_greedy: bool  # whether each token of the text is the most probable token at its position
 
 
 class ScoreOutput(Struct, frozen=True):
-    """What is new of a scored sequence. The last one has the `score`."""
+    """A new piece of a scored sequence. The last output has the `score`."""
 
     num_done: int  # tokens scored so far
-    num_tokens: int  # how many there will be
-    tokens: list[ScoredToken]  # those that are new, if they are listed
+    num_tokens: int  # tokens to score in all
+    tokens: list[ScoredToken]  # the new tokens, if they are listed
     score: TextScore | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkSummary:
-    """A request for the log and the traces: counts and times, no text. None is what does not apply or is not known."""
+    """Counts and times of a request for the log and the traces, and no text. None means unknown or not applicable."""
 
     sequences: int
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
     scored_tokens: int | None = None
     finish_reasons: list[str]
-    timings: list[Timings]  # of the sequences that have ended
+    timings: list[Timings]  # of sequences that have ended
     user: str | None = None
 
     @property
     def generates(self) -> bool:
-        """Whether tokens were asked for, and not only scores."""
+        """Whether the request generates tokens; otherwise it only scores."""
         return self.generated_tokens is not None
 
     @property
@@ -120,10 +120,10 @@ class WorkSummary:
         """The longest time of a sequence in each phase."""
         phases = ("queue", "prefill", "decode") if self.generates else ("queue", "prefill")
         names = [f"{phase}_ms" for phase in phases]
-        return {name: max((getattr(one, name) for one in self.timings), default=None) for name in names}
+        return {name: max((getattr(timings, name) for timings in self.timings), default=None) for name in names}
 
     def fields(self) -> dict[str, Any]:
-        """The fields of the line in the log."""
+        """Return the fields of the log line."""
         counts = {
             "sequences": self.sequences,
             "prompt_tokens": self.prompt_tokens,

@@ -1,6 +1,6 @@
-"""One scored sequence: what the engine is told of a document, and how its scores become outputs. Knows no dialect.
+"""One scored sequence: sends a document to the engine, and turns its scores into outputs. Knows no dialect.
 
-A plain reply is folded from the same outputs as a stream, so the two cannot differ.
+A plain reply and a stream are made from the same outputs, so the two cannot differ.
 """
 
 import time
@@ -17,24 +17,24 @@ from server.errors import Cancelled, Draining, RequestTimeout, ServerError
 from server.protocol.messages import TOKEN_BYTES, Ended, Extras, Score, Scores
 from server.requests.offload import beside_the_loop
 from server.requests.results import ScoredToken, ScoreOutput, TextScore, WorkSummary
-from server.requests.service import LiveSequence, Said, Service
+from server.requests.service import LiveSequence, SequenceMessage, Service
 from server.requests.token_list import TokenLister
 
 Send = Callable[[bytes], Awaitable[None]]
 Encode = Callable[[ScoreOutput], bytes]
-JSON_BYTES = 64  # of a listed token, about
+JSON_BYTES = 64  # approximate size of a listed token
 FAILURES: dict[str, type[ServerError]] = {"timeout": RequestTimeout, "cancelled": Cancelled, "shutdown": Draining}
 
 
 @dataclass(frozen=True)
 class Document:
-    """Texts to score, each as if it alone followed the context."""
+    """A context and the texts to score after it, each as if it alone followed the context."""
 
-    context: NDArray[np.int32]  # only read; where it is empty, the first token of a text has nothing before it
+    context: NDArray[np.int32]  # read but not scored; if empty, the first token of a text has no score
     texts: tuple[NDArray[np.int32], ...]  # each of at least one token
 
     def message(self, new_id: Callable[[], str], *, extras: Extras, timeout_s: float | None) -> Score:
-        """What the engine is told: to read the context but for its last token once, and to go on from there."""
+        """Return the message for the engine: read the context except its last token once, then each text after it."""
         first, *others = self.texts
         return Score(
             id=new_id(),
@@ -48,16 +48,16 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringPlan:
-    """What is asked of one sequence, validated."""
+    """A validated request to score one sequence."""
 
-    tokens: NDArray[np.int32]  # the text, at least one
-    num_scored: int  # all of them, or all but the first
+    tokens: NDArray[np.int32]  # the text, at least one token
+    num_scored: int  # all tokens, or all but the first
     lists_tokens: bool
     extras: Extras
 
 
 class Scoring:
-    """A live sequence and the sums over what was scored of it so far."""
+    """A live scored sequence with the sums over its scored tokens so far."""
 
     def __init__(self, plan: ScoringPlan, *, live: LiveSequence, service: Service) -> None:
         self.plan = plan
@@ -66,7 +66,7 @@ class Scoring:
         self._tally = Tally(service.tokenizer)
         self._is_greedy = True
         self._lister = TokenLister(service.tokenizer, num_tokens=len(plan.tokens), extras=plan.extras)
-        self._entries: list[ScoredToken] = []  # of the list of tokens, that are in no output yet
+        self._entries: list[ScoredToken] = []  # listed tokens that no output has yet
         self._has_begun = False
         self._is_counted = False
 
@@ -76,25 +76,26 @@ class Scoring:
         return self._tally.score.num_tokens
 
     async def run(self, send: Send, *, encode: Encode) -> None:
-        """Send every output; the last one has the score. One call of `send` for all outputs that are there.
+        """Send every output; the last output has the score. Outputs that are ready together share one call of `send`.
 
-        Leaving early, by a cancellation or because `send` raises, frees the row.
+        A cancellation, or an exception of `send`, frees the row.
 
         Args:
-            encode: gives the bytes of an output; called in a thread where the output is long.
+            send: writes bytes to the client.
+            encode: returns the bytes of an output; called in a thread if the output is long.
 
         Raises:
             RequestTimeout, Cancelled, Draining: the text was not scored to its end.
-            EngineDown, InternalError: the engine gave the sequence up.
+            EngineDown, InternalError: the engine gave up the sequence.
         """
         with self._alive():
             async for outputs in self._outputs():
                 await send(b"".join(await _encoded(outputs, encode)))
 
     async def fold(self, *, encode: Encode) -> tuple[TextScore, list[bytes]]:
-        """Run to the end; the score, and the bytes of all outputs that have any. Raises as `run` does.
+        """Run to the end and return the score and the encoded outputs without empty ones. Raises as `run` does.
 
-        The bytes and not the outputs, for the objects of a long list of tokens would take several times the memory.
+        It keeps bytes, because the objects of a long list of tokens would take several times the memory.
         """
         parts: list[bytes] = []
         score = None
@@ -106,7 +107,7 @@ class Scoring:
         return score, parts
 
     async def tokens(self) -> list[ScoredToken]:
-        """Run to the end; the list of tokens, which the plan must ask for. Raises as `run` does."""
+        """Run to the end and return the list of tokens. The plan must list tokens. Raises as `run` does."""
         entries: list[ScoredToken] = []
         with self._alive():
             async for outputs in self._outputs():
@@ -115,14 +116,14 @@ class Scoring:
         return entries
 
     def close(self) -> None:
-        """Free the row of a sequence that nobody came to wait for."""
+        """Free the row of a sequence that nobody awaited."""
         if not self._has_begun:
             with self._alive():
                 pass
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        """Have the row until the end, and count the ending, whatever it is."""
+        """Hold the row until the end, and count the ending of any kind."""
         self._has_begun = True
         try:
             with self.live:
@@ -132,7 +133,7 @@ class Scoring:
                 self._service.metrics.count_abandoned("error" if self.live.ended else "cancelled")
 
     async def _outputs(self) -> AsyncIterator[list[ScoreOutput]]:
-        """Turn by turn one output for each message; that of the last one waits for the ending, and has the score."""
+        """Yield an output for each message. The last output is held until the ending comes, and has the score."""
         if self.plan.lists_tokens and self.plan.num_scored < len(self.plan.tokens):
             self._entries.append(self._lister.unscored(int(self.plan.tokens[0])))
         held: list[ScoreOutput] = []
@@ -144,10 +145,10 @@ class Scoring:
         score = self._finish(self.live.ended)
         yield [replace(held[0] if held else self._output(), score=score)]
 
-    async def _take_all(self, messages: Sequence[Said]) -> list[ScoreOutput]:
+    async def _take_all(self, messages: Sequence[SequenceMessage]) -> list[ScoreOutput]:
         scores = [message for message in messages if isinstance(message, Scores)]
-        size = sum(len(one.logprobs) + len(one.top_ids) + len(one.memory_shares) for one in scores)
-        return await beside_the_loop(lambda: [self._take(one) for one in scores], size=size)
+        size = sum(len(chunk.logprobs) + len(chunk.top_ids) + len(chunk.memory_shares) for chunk in scores)
+        return await beside_the_loop(lambda: [self._take(chunk) for chunk in scores], size=size)
 
     def _take(self, scores: Scores) -> ScoreOutput:
         start = len(self.plan.tokens) - self.plan.num_scored + self.num_done
@@ -178,13 +179,13 @@ class Scoring:
 
 
 def summarise(scorings: Sequence[Scoring], *, user: str | None = None) -> WorkSummary:
-    """For the log: counts and times, no text."""
-    ended = [one.live.ended for one in scorings]
+    """Return counts and times of all scorings for the log, and no text."""
+    endings = [scoring.live.ended for scoring in scorings]
     return WorkSummary(
         sequences=len(scorings),
-        scored_tokens=sum(one.num_done for one in scorings),
-        finish_reasons=["unfinished" if one is None else one.finish_reason for one in ended],
-        timings=[one.timings for one in ended if one is not None],
+        scored_tokens=sum(scoring.num_done for scoring in scorings),
+        finish_reasons=["unfinished" if ended is None else ended.finish_reason for ended in endings],
+        timings=[ended.timings for ended in endings if ended is not None],
         user=user,
     )
 

@@ -1,4 +1,4 @@
-"""What all endpoints share: the open bundle, the link to the engine, admission, and requests by their ids.
+"""The service that all endpoints share: bundle, link to the engine, admission, and live requests by id.
 
 Knows no HTTP.
 """
@@ -17,18 +17,18 @@ from server.requests.admission import Admission
 from server.requests.metrics import Metrics
 from server.runtime import package_version
 
-Said = Token | Scores | Ended
+SequenceMessage = Token | Scores | Ended
 
 
 class SequenceStream(Protocol):
-    """What the engine says of one sequence."""
+    """The engine's messages about one sequence."""
 
-    async def take(self) -> list[Said]:
-        """All messages that are there, at least one. Exactly one Ended, the last, whatever happens."""
+    async def take(self) -> list[SequenceMessage]:
+        """Wait for messages and return all that have come. The last message of a sequence is always its one Ended."""
         ...
 
     async def pour(self, sink: Callable[[Token], bool]) -> None:
-        """Give tokens to `sink` at once, until something comes that it does not take, or `wake` is called."""
+        """Pass tokens to `sink` on arrival, until `sink` returns False, another message comes or `wake` is called."""
         ...
 
     def wake(self) -> None:
@@ -37,7 +37,7 @@ class SequenceStream(Protocol):
 
 
 class Link(Protocol):
-    """The engine as the API process sees it."""
+    """The API process's side of the connection to the engine process."""
 
     on_step: Callable[[Step], None] | None
 
@@ -65,15 +65,15 @@ class Link(Protocol):
     def rows_used(self) -> int: ...  # noqa: D102
 
     async def start(self) -> None:
-        """Return once the engine is ready or has failed; `state` tells which."""
+        """Start the engine and return once it is ready or has failed; `state` says which."""
         ...
 
     async def close(self, grace_s: float) -> None:
-        """Take nothing new, let live work end for so long, end the rest with "shutdown", then end the engine."""
+        """Refuse new work, give live sequences `grace_s` to finish, end the rest with "shutdown", end the engine."""
         ...
 
     def submit(self, message: Generate | Score) -> Sequence[SequenceStream]:
-        """Start the sequences of a message; one stream for each of its ids, in order."""
+        """Start the sequences of a message and return a stream for each of its ids, in order."""
         ...
 
     def cancel(self, sequence: str) -> None:
@@ -82,7 +82,7 @@ class Link(Protocol):
 
 
 class Service:
-    """Admits requests and keeps count of them, so that a burst is refused before the engine ever sees it."""
+    """Registry of live requests that admits new ones, so that a burst is refused before it reaches the engine."""
 
     def __init__(self, settings: Settings, *, bundle: Bundle, link: Link) -> None:
         self.settings = settings
@@ -96,7 +96,7 @@ class Service:
             tokens_waiting=lambda: link.tokens_waiting,
         )
         self.metrics = Metrics(link, num_rows=settings.num_rows)
-        self._by_request: dict[str, dict[str, LiveSequence]] = {}  # request id, id of the sequence
+        self._by_request: dict[str, dict[str, LiveSequence]] = {}  # by request id, then by sequence id
         self._numbers = count(1)
         link.on_step = self._hear
 
@@ -106,22 +106,25 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
-        """Equal ones on one machine mean equal numerics: weights, how and in what they are computed, version."""
+        """Name of the numerics. On one machine, equal fingerprints mean equal results.
+
+        It names the weights and their number format, the backend, the device, the chunk size and the version.
+        """
         facts, settings = self.link.ready and self.link.ready.facts, self.settings
         how = f"chunk{settings.chunk_tokens}{'-invariant' if settings.batch_invariant else ''}"
         where = f"{facts.backend}-{facts.weights}-{facts.device}-{how}" if facts else "starting"
         return f"{self.bundle.hash[:12]}-{where}-{package_version()}"
 
     def new_id(self) -> str:
-        """A name for a sequence, unique in this process (the request ids of clients are not)."""
+        """Return a new sequence id, unique in this process (clients' request ids are not)."""
         return str(next(self._numbers))
 
     def deadline(self, timeout_s: float | None) -> float | None:
-        """Seconds a request may take: what it asks for, else the server's default."""
+        """Return the seconds a request may take: its own limit, or else the server's default."""
         return self.settings.timeout_s if timeout_s is None else timeout_s
 
     def unavailable(self) -> ServerError | None:
-        """Why no work can be taken now."""
+        """Return the reason why the server accepts no work now, or None if it does."""
         link = self.link
         match link.state:
             case "starting":
@@ -137,24 +140,27 @@ class Service:
         return None
 
     def check_model(self, name: str | None) -> None:
-        """Raise ModelNotFound for a name that is not the served model's; None asks for whatever is served."""
+        """Raise ModelNotFound if `name` is not the served model's name; None stands for the served model."""
         if name is not None and name != self.model_name:
             raise ModelNotFound.of(name, name=self.model_name)
 
     def check_admission(self, num_sequences: int, *, num_tokens: int = 0, field: str = "inputs") -> None:
-        """Refuse a request of so many sequences and, at most, so many prompt tokens.
+        """Refuse a request that the server cannot take now. `num_tokens` is an upper bound of its prompt tokens.
 
         Raises:
-            InvalidField: they would not fit into an empty server.
-            Starting, Draining, EngineDown: there is no engine to take them.
-            QueueFull: they do not fit now.
+            InvalidField: the request would not fit into an empty server.
+            Starting, Draining, EngineDown: no engine accepts work.
+            QueueFull: the request does not fit now.
         """
         if error := self.unavailable():
             raise error
         self.admission.check(num_sequences, num_tokens=num_tokens, field=field)
 
     def submit(self, messages: Sequence[Generate | Score], *, request_id: str) -> list["LiveSequence"]:
-        """Admit all sequences of a request or none, each of `ids` in order. Raises as `check_admission` does."""
+        """Admit all sequences of a request or none; return them in the order of the messages and their ids.
+
+        Raises as `check_admission` does.
+        """
         num_tokens = sum(message.num_tokens for message in messages)
         self.check_admission(sum(len(message.ids) for message in messages), num_tokens=num_tokens)
         live = [
@@ -163,18 +169,18 @@ class Service:
             for name, stream in zip(message.ids, self.link.submit(message), strict=True)
         ]
         self.admission.enter(len(live), num_tokens=num_tokens)
-        self._by_request.setdefault(request_id, {}).update({one.id: one for one in live})
+        self._by_request.setdefault(request_id, {}).update({sequence.id: sequence for sequence in live})
         return live
 
     def cancel(self, request_id: str) -> int:
-        """Ask the engine to stop all that lives of a request; the number of its sequences, 0 for an unknown id."""
+        """Ask the engine to stop a request; return its number of live sequences, 0 for an unknown id."""
         live = self._by_request.get(request_id, {})
-        for one in live.values():
-            one.cancel()
+        for sequence in live.values():
+            sequence.cancel()
         return len(live)
 
     def leave(self, sequence: "LiveSequence") -> None:
-        """The counterpart of `submit` for one sequence, cancelled if it has not ended. Twice does no harm."""
+        """Release a sequence that `submit` returned, cancelling it if it has not ended. A second call does nothing."""
         siblings = self._by_request.get(sequence.request_id, {})
         if siblings.pop(sequence.id, None) is None:
             return
@@ -186,7 +192,7 @@ class Service:
 
 
 class LiveSequence:
-    """One admitted sequence: a context to be in while it lives, and its messages."""
+    """One admitted sequence and its messages. A context manager that releases it on exit."""
 
     def __init__(self, stream: SequenceStream, *, id: str, request_id: str, service: Service) -> None:
         self.id = id
@@ -204,8 +210,8 @@ class LiveSequence:
     ) -> None:
         self._service.leave(self)
 
-    async def take(self) -> list[Said]:
-        """All messages that are there. Raises EngineDown or InternalError where the engine gave the sequence up."""
+    async def take(self) -> list[SequenceMessage]:
+        """Wait for messages and return them. Raises EngineDown or InternalError if the engine gave up the sequence."""
         messages = await self._stream.take()
         last = messages[-1]
         if isinstance(last, Ended):
@@ -216,25 +222,25 @@ class LiveSequence:
         return messages
 
     async def pour(self, sink: Callable[[Token], bool]) -> None:
-        """Let `sink` have the tokens as they come, until there is something else to `take`, or at `wake`."""
+        """Pass tokens to `sink` on arrival, until `sink` returns False, another message comes or `wake` is called."""
         await self._stream.pour(sink)
 
     def wake(self) -> None:
         """Make `pour` return."""
         self._stream.wake()
 
-    async def __aiter__(self) -> AsyncIterator[Said]:
-        """The messages one by one. Raises as `take` does."""
+    async def __aiter__(self) -> AsyncIterator[SequenceMessage]:
+        """Yield each message. Raises as `take` does."""
         while self.ended is None:
             for message in await self.take():
                 yield message
 
     def cancel(self) -> None:
-        """Ask the engine to stop; the ending still comes."""
+        """Ask the engine to stop the sequence; its ending still comes."""
         self._service.link.cancel(self.id)
 
     async def ending(self) -> Ended:
-        """Skip to the ending."""
+        """Skip all messages up to the ending and return it."""
         while self.ended is None:
             await self.take()
         return self.ended

@@ -1,6 +1,6 @@
-"""The tokens of a text, each with its figures; and the names of tokens. Knows no HTTP.
+"""Lists of a text's tokens, each with its scores; and the names of tokens. Knows no HTTP.
 
-A text comes in stretches, so that what a long one costs in memory does not depend on its length.
+A text is listed in chunks, so the memory does not depend on its length.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from server.requests.results import ScoredToken, TopToken
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
-    r"""The text of a token, or where its bytes are no text "bytes:\xNN..."; no two tokens have the same."""
+    r"""Return the text of a token, or "bytes:\xNN..." if its bytes are not UTF-8. No two tokens have the same name."""
     data = tokenizer.token_bytes(token)
     if not data:
         return BPE_EOS
@@ -26,43 +26,43 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
 
 
 class TokenLister:
-    """Turns the tokens of one text into the entries of its list, in order."""
+    """Maker of the list entries of one text, for its tokens in order."""
 
     def __init__(self, tokenizer: Tokenizer, *, num_tokens: int, extras: Extras) -> None:
-        """num_tokens: of the whole text; after so many no character can become complete any more."""
+        """num_tokens: of the whole text; after the last of them no character can still be completed."""
         self._tokenizer = tokenizer
         self._decoder = StreamingDecoder(tokenizer)
         self._num_left = num_tokens
         self._extras = extras
 
     def unscored(self, token: int) -> ScoredToken:
-        """The entry of a token with nothing before it."""
-        asked = self._extras
+        """Return the entry of a token without scores."""
+        extras = self._extras
         return ScoredToken(
             token,
             self._text(token),
-            top=None if asked.num_top else UNSET,
-            entropy=None if asked.entropy else UNSET,
-            memory_share=None if asked.memory_share else UNSET,
+            top=None if extras.num_top else UNSET,
+            entropy=None if extras.entropy else UNSET,
+            memory_share=None if extras.memory_share else UNSET,
         )
 
     def scored(self, tokens: NDArray[np.int32], scores: Scores) -> list[ScoredToken]:
-        """The entries of the next T tokens."""
-        num, asked = len(tokens), self._extras
+        """Return the entries of the next T tokens."""
+        num, extras = len(tokens), self._extras
         logprobs: list[float] = np.frombuffer(scores.logprobs, dtype="<f4").tolist()
         ranks: list[int] = np.frombuffer(scores.ranks, dtype="<i4").tolist()
         entropies: list[float] = np.frombuffer(scores.entropies, dtype="<f4").tolist()
         shares: list[list[float]] = np.frombuffer(scores.memory_shares, dtype="<f4").reshape(num, -1).tolist()
-        tops = list(self._tops(num, scores)) if asked.num_top else []
+        tops = list(self._tops(num, scores)) if extras.num_top else []
         return [
             ScoredToken(
                 token,
                 self._text(token),
                 logprobs[i],
                 ranks[i],
-                top=tops[i] if asked.num_top else UNSET,
-                entropy=entropies[i] if asked.entropy else UNSET,
-                memory_share=shares[i] if asked.memory_share else UNSET,
+                top=tops[i] if extras.num_top else UNSET,
+                entropy=entropies[i] if extras.entropy else UNSET,
+                memory_share=shares[i] if extras.memory_share else UNSET,
             )
             for i, token in enumerate(tokens.tolist())
         ]

@@ -1,1 +1,1 @@
-"""What surrounds every endpoint: body, request log, keys, events, the OpenAPI document, the page."""
+"""HTTP for all endpoints: bodies, event streams, API keys, the request log, the OpenAPI document and the playground."""

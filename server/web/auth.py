@@ -1,4 +1,4 @@
-"""Who may ask (API keys), and what a browser may do with an answer (headers). Knows no endpoint but the open ones."""
+"""Access control: API keys for requests, security headers for responses. Knows no endpoint but the open ones."""
 
 import hashlib
 import hmac
@@ -12,24 +12,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ServerError, Unauthorized
 
-OPEN_PATHS = frozenset({"/health/live", "/healthz"})  # an orchestrator's probe has no key, and learns nothing there
-OPEN_PAGE = "/"  # the playground has to be there to ask for the key; it and its files are the same for everybody
+OPEN_PATHS = frozenset({"/health/live", "/healthz"})  # an orchestrator's probe has no key; the response reveals nothing
+OPEN_PAGE = "/"  # the playground asks for the key itself; its files are the same for every user
 OPEN_FOLDER = "/playground/"
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
 
-Answer = Callable[[Request, ServerError], Response]
+ErrorResponder = Callable[[Request, ServerError], Response]
 
 
 class BearerAuth:
-    """Lets a request pass that has one of `keys` as `Authorization: Bearer KEY`, and refuses others, unread."""
+    """Middleware that refuses, unread, each request without one of `keys` as `Authorization: Bearer KEY`."""
 
-    def __init__(self, app: ASGIApp, *, keys: Iterable[SecretStr], refuse: Answer) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Iterable[SecretStr], refuse: ErrorResponder) -> None:
         self._app = app
         self._digests = [_digest(key.get_secret_value()) for key in keys]
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer it."""
+        """Pass the request on, or refuse it."""
         if scope["type"] == "lifespan" or _is_open(scope) or self._knows(Headers(scope=scope).get("authorization", "")):
             await self._app(scope, receive, send)
             return
@@ -40,7 +40,7 @@ class BearerAuth:
     def _knows(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
         digest = _digest(key.strip())
-        # all of them are compared, so that the time does not tell which one is close
+        # compare all keys, so that the time does not reveal which key is close
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 
@@ -53,14 +53,14 @@ def _is_open(scope: Scope) -> bool:
 
 
 def _digest(key: str) -> bytes:
-    """Of one length for all keys, since the time of a comparison tells the length."""
+    """Return a hash, of the same length for all keys: the time of a comparison would reveal a key's length."""
     return hashlib.sha256(key.encode()).digest()
 
 
 def add_security_headers(headers: MutableHeaders) -> None:
-    """Before an answer is sent: nothing is sniffed; a page is not framed, tells nobody, and loads only what is ours.
+    """Forbid a browser to guess content types, and a page to be framed, send referrers or load files of other sites.
 
-    A page that needs something else has a Content-Security-Policy of its own, which stays.
+    A Content-Security-Policy that the response already has stays.
     """
     headers["X-Content-Type-Options"] = "nosniff"
     if headers.get("content-type", "").startswith("text/html"):

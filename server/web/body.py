@@ -1,6 +1,6 @@
-"""The body of a request: read within its limit, parsed and checked; a fault names the field. Knows no endpoint.
+"""Request bodies: read up to the size limit, parsed and checked; an error names the field. Knows no endpoint.
 
-An unknown field is refused, so that nothing is accepted and ignored.
+An unknown field is refused, so no field is accepted and then ignored.
 """
 
 import re
@@ -17,11 +17,11 @@ from server.errors import BodyTooLarge, InvalidField, MalformedRequest, RequestE
 
 MAX_TIMEOUT_S = 86400
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-RANGED = ("greater_than", "less_than", "int_", "float_", "finite_number")  # pydantic's complaints about numbers
+RANGED = ("greater_than", "less_than", "int_", "float_", "finite_number")  # types of pydantic's errors about numbers
 
 
 TimeoutS = Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)]
-ENDS_AS_IT_IS = "seconds after which the output ends as it is; the server's own limit if not set"
+TIMEOUT_DESCRIPTION = "seconds after which the output ends, unfinished; the server's limit if not set"
 
 
 def _check_request_id(value: str) -> str:
@@ -37,32 +37,32 @@ RequestId = Annotated[
         Field(json_schema_extra={"minLength": 1, "maxLength": 128, "pattern": f"^{REQUEST_ID.pattern}$"}),
     ]
     | None,
-    Field(description="the request's name, for DELETE /requests/{id}; wins over the header X-Request-Id"),
+    Field(description="the request's id, for DELETE /requests/{id}; takes precedence over the header X-Request-Id"),
 ]
 
 
 class FieldError(ValueError):
-    """A fault that a validator of ours finds; `parse` knows where the validated value stands in the body."""
+    """An error in a value, raised by our validators; `parse` adds the path of the validated value in the body."""
 
-    def __init__(self, place: str, complaint: str) -> None:
-        """place: of the fault below the validated value, "" for the value itself. complaint: of the field there."""
-        super().__init__(complaint)
-        self._place = place
-        self._complaint = complaint
+    def __init__(self, subpath: str, message: str) -> None:
+        """subpath: path from the validated value to the wrong value, "" for the validated value itself."""
+        super().__init__(message)
+        self._subpath = subpath
+        self._message = message
 
     @classmethod
-    def of(cls, place: str, *, value: object, allowed: str) -> "FieldError":
-        """Make the fault of a value that is not allowed."""
-        return cls(place, f"{shown(value)} is not allowed; {allowed}")
+    def of(cls, subpath: str, *, value: object, allowed: str) -> "FieldError":
+        """Make the error of a value that is not allowed. `allowed`: which values are."""
+        return cls(subpath, f"{shown(value)} is not allowed; {allowed}")
 
-    def told(self, path: Sequence[str]) -> InvalidField:
-        """The fault as the client hears of it. `path`: where the validated value stands."""
-        field = ".".join((*path, self._place)) if self._place else ".".join(path)
-        return InvalidField(f"{field}: {self._complaint}", param=field)
+    def invalid_field(self, path: Sequence[str]) -> InvalidField:
+        """Return the error for the client. `path`: of the validated value in the body."""
+        field = ".".join((*path, self._subpath)) if self._subpath else ".".join(path)
+        return InvalidField(f"{field}: {self._message}", param=field)
 
 
 class RequestBody(BaseModel):
-    """What all bodies share: no unknown field, no conversion between types, no NaN."""
+    """Base of all bodies: refuses unknown fields, converts no types and accepts no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -71,10 +71,10 @@ Body = TypeVar("Body", bound=RequestBody)
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
-    """The whole body.
+    """Read the whole body.
 
     Raises:
-        BodyTooLarge: as soon as more than `max_bytes` are announced or have arrived.
+        BodyTooLarge: the header announces more than `max_bytes`, or more have arrived.
         MalformedRequest: the Content-Length is not a number.
     """
     announced = request.headers.get("content-length", "0")
@@ -93,10 +93,10 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
 
 
 def parse(body: bytes, *, model: type[Body]) -> Body:
-    """Read a request body.
+    """Parse and validate a request body.
 
     Raises:
-        MalformedRequest: not JSON.
+        MalformedRequest: the body is not JSON.
         InvalidField: a field is unknown, missing or outside its range.
     """
     _check_names(body, model=model)
@@ -107,16 +107,16 @@ def parse(body: bytes, *, model: type[Body]) -> Body:
 
 
 def _check_names(body: bytes | msgspec.Raw, *, model: type[BaseModel], path: str = "") -> None:
-    """Refuse the first unknown field, before pydantic, which would collect them all: a million take it seconds.
+    """Refuse the first unknown field before pydantic runs, which would take seconds to collect a million of them.
 
-    What is no object, or no JSON, is left to pydantic.
+    Pydantic reports values that are not objects, and bodies that are not JSON.
     """
     try:
-        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, RecursionError):
         return
     known = {info.alias or name: info for name, info in model.model_fields.items()}
-    for name, value in given.items():
+    for name, value in fields.items():
         field = path + shorten(name)
         if name not in known:
             raise InvalidField(f"{field}: unknown field; there are {', '.join(known)}", param=field)
@@ -126,15 +126,15 @@ def _check_names(body: bytes | msgspec.Raw, *, model: type[BaseModel], path: str
 
 
 def _request_error(error: ValidationError, *, model: type[BaseModel]) -> RequestError:
-    """The first complaint of pydantic in our words."""
+    """Return pydantic's first error as an error of this server."""
     first = error.errors(include_url=False)[0]
     kind, path = first["type"], [str(part) for part in first["loc"]]
-    if kind == "value_error" and isinstance(fault := first["ctx"]["error"], FieldError):
-        return fault.told(path)
+    if kind == "value_error" and isinstance(cause := first["ctx"]["error"], FieldError):
+        return cause.invalid_field(path)
     if kind == "json_invalid":
         return MalformedRequest(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if path and path[0] in ("inputs", "prompt", "prefix"):
-        del path[1:2]  # which of the forms was tried
+        del path[1:2]  # the tag of the union member that pydantic tried
     owner, name = _owner(model, path), path[-1] if path else ""
     field = ".".join(path) or "body"
     if kind == "missing":
@@ -146,7 +146,7 @@ def _request_error(error: ValidationError, *, model: type[BaseModel]) -> Request
 
 
 def _owner(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    """The model whose field the last part of `path` is, or would be."""
+    """Return the model whose field the last part of `path` names."""
     for part in path[:-1]:
         inner = model.model_fields[part].annotation if part in model.model_fields else None
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
@@ -156,7 +156,7 @@ def _owner(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """The whole range of a number, where pydantic names at most the side that was left; "" where there is none."""
+    """Return both limits of a number, as pydantic names only the violated limit; "" if the field has no limits."""
     words = {"ge": "at least", "gt": "more than", "le": "at most"}
     inner = [part for hint in get_args(field.annotation) for part in get_args(hint) if isinstance(part, FieldInfo)]
     limits = [limit for info in (field, *inner) for limit in info.metadata]

@@ -1,6 +1,6 @@
-"""One registration of an endpoint: where it answers, what answers, and how /openapi.json describes it.
+"""Registration of endpoints: path, handler and description in /openapi.json.
 
-Knows no dialect. A package of endpoints lists them in a tuple ENDPOINTS; `server.app` adds them all.
+Knows no dialect. Each module of endpoints lists them in a tuple ENDPOINTS; `server.app` registers them all.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -20,44 +20,44 @@ Handler = Callable[..., Awaitable[Response]]
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """What `register` needs to know of an endpoint."""
+    """An HTTP endpoint with its handler and its documentation."""
 
     method: str
     path: str
     tag: str = ""  # the section of the documentation
     summary: str = ""
-    make: Callable[[Service], Handler]  # called once; the handler takes a Request or the path's parameters
+    make: Callable[[Service], Handler]  # makes the handler, which takes a Request or the path's parameters
     body: type[RequestBody] | None = None
-    examples: Mapping[str, Any] = field(default_factory=dict)  # bodies by name
-    reply: Struct | None = None  # an example of the JSON answer
-    form: openapi.ReplyForm = openapi.one_reply  # what the answer is made of such replies
-    stream: str | None = None  # an example of the answer as server-sent events
-    events: tuple[type[Struct], ...] = ()  # what they hold
-    errors: tuple[ServerError, ...] = ()  # an example for each way to fail
-    in_schema: bool = True  # whether /openapi.json has it
+    examples: Mapping[str, Any] = field(default_factory=dict)  # example bodies by name
+    reply: Struct | None = None  # an example of the JSON reply
+    form: openapi.ReplyForm = openapi.one_reply  # the schema of the whole body: one reply or arrays of replies
+    stream: str | None = None  # an example of the response as server-sent events
+    events: tuple[type[Struct], ...] = ()  # the types of its events
+    errors: tuple[ServerError, ...] = ()  # an example of each possible error
+    in_schema: bool = True  # whether /openapi.json describes the endpoint
 
     @property
     def structs(self) -> tuple[type[Struct], ...]:
-        """What its answers are made of."""
+        """The types of the endpoint's replies and events."""
         return (*(() if self.reply is None else (type(self.reply),)), *self.events)
 
 
 def register(app: FastAPI, endpoints: Iterable[Endpoint], *, service: Service) -> None:
     """Add all endpoints to the application, with the schemas of their bodies and replies."""
     endpoints = list(endpoints)
-    for one in endpoints:
+    for endpoint in endpoints:
         app.add_api_route(
-            one.path,
-            one.make(service),
-            methods=[one.method],
-            tags=[one.tag],
-            summary=one.summary or None,
-            include_in_schema=one.in_schema,
-            responses=_responses(one),
-            openapi_extra=None if one.body is None else openapi.body(one.body, examples=one.examples),
+            endpoint.path,
+            endpoint.make(service),
+            methods=[endpoint.method],
+            tags=[endpoint.tag],
+            summary=endpoint.summary or None,
+            include_in_schema=endpoint.in_schema,
+            responses=_responses(endpoint),
+            openapi_extra=None if endpoint.body is None else openapi.body(endpoint.body, examples=endpoint.examples),
         )
-    bodies = dict.fromkeys(one.body for one in endpoints if one.body is not None)
-    structs = dict.fromkeys(struct for one in endpoints for struct in one.structs)
+    bodies = dict.fromkeys(endpoint.body for endpoint in endpoints if endpoint.body is not None)
+    structs = dict.fromkeys(struct for endpoint in endpoints for struct in endpoint.structs)
     openapi.install(app, requests=list(bodies), replies=list(structs))
 
 

@@ -1,7 +1,7 @@
-"""The one road of a request that the engine works on: from the body to the answer, whatever the dialect.
+"""The handler of all requests that need the engine, in every dialect: from the body to the response.
 
-It asks for admission three times, each time before the work that would be in vain: of reading the body, of tokenising
-it, and of the engine.
+It checks admission three times, so that no work is wasted on a refused request: before it reads the body, before it
+tokenises the inputs, and before it submits the sequences to the engine.
 """
 
 from collections.abc import Callable, Coroutine, Sequence
@@ -19,7 +19,7 @@ from server.web.exchange import exchange_of
 
 
 class EngineRequest(RequestBody):
-    """A body that has the engine work. Each dialect declares these three fields in a place of its own."""
+    """Base of the bodies that need the engine. Each dialect declares these three fields in its own order."""
 
     if TYPE_CHECKING:
         stream: bool
@@ -28,64 +28,64 @@ class EngineRequest(RequestBody):
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences the engine has to do with."""
+        """Number of sequences that the engine computes."""
         raise NotImplementedError
 
     @property
     def counted_field(self) -> str:
-        """The name of the field that asks for so many."""
+        """Name of the field that sets the number of sequences, for error messages."""
         raise NotImplementedError
 
 
 class Work(Protocol):
-    """The live sequences of a request, and how its dialect tells of them."""
+    """The live sequences of a request, with the replies and events of its dialect."""
 
     def jobs(self) -> Sequence[Job]:
-        """What sends the events of a stream; the jobs run side by side."""
+        """Return functions that send the events of a stream; they run concurrently."""
         ...
 
     def folds(self) -> Sequence[Coroutine[Any, Any, Any]]:
-        """What gives the results of a plain reply; they run side by side."""
+        """Return coroutines that produce the results of a plain reply; they run concurrently."""
         ...
 
     async def reply(self, results: list[Any]) -> bytes:
-        """The plain reply as JSON, from the results of `folds` in order."""
+        """Return the plain reply as JSON. `results`: of the coroutines of `folds`, in order."""
         ...
 
     def summary(self) -> WorkSummary:
-        """For the log."""
+        """Return the counts and times for the log."""
         ...
 
     def close(self) -> None:
-        """Let go of all sequences, also of those that nobody came to wait for."""
+        """Free the rows of all sequences, also of sequences that nobody awaited."""
         ...
 
 
 class Plan(Protocol):
-    """A request that is checked in full and not yet admitted."""
+    """A request that is fully checked and not yet admitted."""
 
     def messages(self, new_id: Callable[[], str]) -> list[Generate | Score]:
-        """What the engine is told."""
+        """Return the messages for the engine. `new_id` makes a sequence id."""
         ...
 
     def begin(self, live: list[LiveSequence], *, request_id: str) -> Work:
-        """The work of the sequences, in the order of the messages."""
+        """Return the work of the admitted sequences. `live`: in the order of the messages."""
         ...
 
 
 Body = TypeVar("Body", bound=EngineRequest)
-MakePlan = Callable[[Body, Service], Plan]  # called in a thread where the body is large; raises RequestError
+MakePlan = Callable[[Body, Service], Plan]  # called in a thread if the body is large; raises RequestError
 
 
 class EngineRoad(Generic[Body]):
-    """Makes the handler of an endpoint from its body and what plans the work."""
+    """Factory of an endpoint's handler, from the type of its body and the function that plans its work."""
 
     def __init__(self, body: type[Body], *, plan: MakePlan[Body]) -> None:
         self._body = body
         self._plan = plan
 
     def __call__(self, service: Service) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler."""
+        """Return the handler."""
 
         async def handle(request: Request) -> Response:
             return await self._answer(request, service=service)
@@ -93,7 +93,7 @@ class EngineRoad(Generic[Body]):
         return handle
 
     async def _answer(self, request: Request, *, service: Service) -> Response:
-        """Read, check, plan, admit, answer."""
+        """Read, check, plan, admit and respond."""
         service.check_admission(1)
         raw = await read_body(request, max_bytes=service.settings.max_body_bytes)
         body = await beside_the_loop(lambda: parse(raw, model=self._body), size=len(raw))

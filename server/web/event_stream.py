@@ -1,7 +1,4 @@
-"""Server-sent events, and work that lasts only as long as the client is there.
-
-Knows no model and no endpoint.
-"""
+"""Server-sent events, and work that is cancelled when its client disconnects. Knows no model and no endpoint."""
 
 import asyncio
 import logging
@@ -16,8 +13,8 @@ from server.errors import InternalError, ServerError, error_reply
 from server.protocol.json import encode_event
 
 PING_S = 10.0
-# Where the application keeps the server's own `send` in the scope: the events of a stream go straight to it, past what
-# every middleware wraps around it, none of which looks at the middle of an answer.
+# The key of the ASGI server's own `send` in the scope. A stream sends its events directly to it and bypasses the
+# wrappers of the middlewares, which only read the start and the end of a response.
 FIRST_SEND = "allattn.send"
 
 Result = TypeVar("Result")
@@ -26,10 +23,10 @@ Job = Callable[[SendEvents], Coroutine[Any, Any, None]]
 
 
 async def while_connected(receive: Receive, jobs: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Run all jobs at once and return their results in order. The first failure cancels the others and is raised.
+    """Run all jobs concurrently and return their results in order. The first failure cancels the others and is raised.
 
     Raises:
-        ClientDisconnect: the client left first; every job was cancelled.
+        ClientDisconnect: the client disconnected first; every job was cancelled.
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -49,12 +46,12 @@ async def _raise_when_gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. Each job gets a function that sends framed events; the answer ends when all jobs have."""
+    """A response of server-sent events, which its jobs send. It ends when all jobs have ended."""
 
     def __init__(
         self, jobs: Sequence[Job], *, request_id: str, close: Callable[[], None], ping_s: float = PING_S
     ) -> None:
-        """close: called once at the end, whatever happens, even where no job has begun."""
+        """close: called once at the end, even after a failure and if no job has started."""
         super().__init__(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
@@ -65,8 +62,7 @@ class EventStream(Response):
         self._ping_s = ping_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the headers, the events as they come, and the end. A failure on the way is one last error event."""
-
+        """Send the headers, the events on arrival, and the end. A failure becomes the last event, an error."""
         send_on: Callable[[Message], Coroutine[Any, Any, None]] = scope.get(FIRST_SEND, send)
 
         def send_events(data: bytes) -> Coroutine[Any, Any, None]:

@@ -1,4 +1,4 @@
-"""The record of one HTTP exchange that everybody around a request reads and writes: its names, status and summary."""
+"""The record of one HTTP request and its response, which middlewares and endpoints share."""
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
@@ -6,26 +6,26 @@ from typing import Any
 
 from server.requests.results import WorkSummary
 
-KEY = "exchange"  # where the record stands in the state of a request
+KEY = "exchange"  # key of the record in the state of a request
 
 
 @dataclass
 class Exchange:
-    """What is known of one request and its answer."""
+    """Ids, status and summary of one request and its response."""
 
-    request_id: str  # the client's or a new one; an endpoint may set another that the body names
+    request_id: str  # the client's id or a new one; an endpoint replaces it by the id in the body
     trace_id: str | None  # of the client's traceparent
-    status: int | None = None  # of the answer, once the exchange has ended
-    summary: Callable[[], WorkSummary] | None = None  # set by an endpoint that has the engine work
+    status: int | None = None  # of the response, once it has ended
+    summary: Callable[[], WorkSummary] | None = None  # set by endpoints that use the engine
 
 
 def exchange_of(scope: MutableMapping[str, Any]) -> Exchange:
-    """The record of the request that an ASGI scope belongs to; `request.scope` of a Request is one."""
+    """Return the record of the request with this ASGI scope, for example `request.scope`."""
     exchange = scope["state"][KEY]
     assert isinstance(exchange, Exchange)
     return exchange
 
 
 def add_exchange(scope: MutableMapping[str, Any], exchange: Exchange) -> None:
-    """Put the record where `exchange_of` finds it."""
+    """Store the record for `exchange_of`."""
     scope.setdefault("state", {})[KEY] = exchange

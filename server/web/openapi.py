@@ -1,4 +1,4 @@
-"""How endpoints are described in /openapi.json: bodies, replies and errors, each with an example; and the page /docs.
+"""The document /openapi.json: bodies, replies and errors, each with an example; and the page /docs.
 
 Knows no endpoint.
 """
@@ -53,23 +53,23 @@ ENDPOINT_ERRORS = (
 )
 
 
-ReplyForm = Callable[[dict[str, Any]], dict[str, Any]]  # from the schema of a reply to that of the answer
+ReplyForm = Callable[[dict[str, Any]], dict[str, Any]]  # from the schema of one reply to that of the body
 
 
 def one_reply(schema: dict[str, Any]) -> dict[str, Any]:
-    """The form of an answer that is one reply."""
+    """Return the schema of a body that is one reply."""
     return schema
 
 
 def body(model: type[RequestBody], *, examples: Mapping[str, Any]) -> dict[str, Any]:
-    """For `openapi_extra`: the JSON body an endpoint reads by itself, with examples by name."""
+    """Describe a JSON body, for `openapi_extra`; `examples`: by name."""
     shown = {name: {"value": value} for name, value in examples.items()}
     content = {"application/json": {"schema": {"$ref": REF + model.__name__}, "examples": shown}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 def ok(reply: type[msgspec.Struct], *, example: msgspec.Struct) -> dict[str, Any]:
-    """The description of a JSON answer."""
+    """Describe a successful JSON response."""
     return {
         "description": (reply.__doc__ or "").split("\n")[0],
         "content": {"application/json": {"schema": _ref(reply), "example": msgspec.to_builtins(example)}},
@@ -77,12 +77,12 @@ def ok(reply: type[msgspec.Struct], *, example: msgspec.Struct) -> dict[str, Any
 
 
 def events(example: str) -> dict[str, Any]:
-    """The description of a stream."""
+    """Describe a stream of server-sent events."""
     return {"schema": {"type": "string", "format": "event-stream"}, "example": example}
 
 
 def errors(*examples: ServerError) -> dict[int | str, dict[str, Any]]:
-    """For `responses`: one entry a status, with an example for each way to come to it."""
+    """Describe errors, for `responses`: an entry for each status, with an example of each error."""
     responses: dict[int | str, dict[str, Any]] = {}
     for error in examples:
         entry = responses.setdefault(
@@ -115,7 +115,7 @@ def install(app: FastAPI, *, requests: Sequence[type[RequestBody]], replies: Seq
 
 
 def require_bearer(app: FastAPI, *, open_paths: Collection[str]) -> None:
-    """Say that all but `open_paths` want an API key, and what the answer is without one."""
+    """Document that all paths except `open_paths` require an API key, and the response without a key."""
     refusal = errors(Unauthorized("send an API key, as Authorization: Bearer KEY"))[401]
 
     def add_scheme(schema: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def require_bearer(app: FastAPI, *, open_paths: Collection[str]) -> None:
 
 
 def _amend(app: FastAPI, change: Callable[[dict[str, Any]], None]) -> None:
-    """Have `change` done once, to the finished document."""
+    """Apply `change` once to the finished document."""
     plain = app.openapi
     amended: list[dict[str, Any]] = []
 
@@ -147,9 +147,9 @@ def _amend(app: FastAPI, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _docs_page(app: FastAPI) -> tuple[str, str]:
-    """Swagger's page, and the policy that lets it load Swagger, run its one inline script and do nothing else."""
+    """Return Swagger's page, and the security policy under which it may load Swagger and run its inline script only."""
     page = get_swagger_ui_html(
-        openapi_url="openapi.json",  # relative: it holds behind a proxy's prefix too
+        openapi_url="openapi.json",  # relative, so it also works behind a proxy's prefix
         title=app.title,
         swagger_js_url=SWAGGER + "swagger-ui-bundle.js",
         swagger_css_url=SWAGGER + "swagger-ui.css",
@@ -158,7 +158,7 @@ def _docs_page(app: FastAPI) -> tuple[str, str]:
     html = bytes(page.body).decode()
     scripts = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
     policy = (
         f"default-src 'none'; connect-src 'self'; img-src data:; script-src {SWAGGER} {allowed}; "
         f"style-src {SWAGGER} 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

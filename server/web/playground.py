@@ -1,6 +1,6 @@
-"""GET / and the files of the playground, a page that knows this server by its API only. Knows no model.
+"""GET / and the files of the playground, a page that uses only this server's API. Knows no model.
 
-The files are read once. A browser keeps them, and asks by their ETag whether they are still the same.
+The files are read once. A browser caches them and revalidates them by their ETag.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its line in the log, an answer where there was a bug. Knows no endpoint."""
+"""The request log: gives each request an id and a log line, and responds to bugs with an error. Knows no endpoint."""
 
 import asyncio
 import logging
@@ -11,60 +11,61 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import InternalError
-from server.web.auth import Answer, add_security_headers
+from server.web.auth import ErrorResponder, add_security_headers
 from server.web.body import REQUEST_ID
 from server.web.exchange import Exchange, add_exchange
 
 # W3C Trace Context, version 00: neither trace-id nor parent-id is all zero
 TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-CLIENT_GONE = 499  # nginx's word for it; nobody reads it but the metrics, the log and the traces
+CLIENT_GONE = 499  # nginx's status for it; only the metrics, the log and the traces show it
 
 log = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """Gives each request its id, and each POST and DELETE its one line in the log: ids, counts and times, never a text.
+    """Middleware that gives each request an id, and each POST and DELETE one log line of ids, counts and times.
 
-    The id is the client's X-Request-Id, else the trace-id of its traceparent, else a new one; the answer carries it.
-    It keeps them in the `Exchange` of the request, where an endpoint may set another id, which the body names, and the
-    summary of its work.
-    A bug is logged and answered here, so that nobody further out prints what its message may quote.
+    The log never has text of a request. The id is the client's X-Request-Id, or else the trace id of its traceparent,
+    or else a new id; the response carries it. The `Exchange` of the request holds it; an endpoint may replace it by the
+    id in the body, and adds the summary of its work.
+    Bugs are logged and turned into an error here, because an outer layer would print the exception's message, which may
+    quote the request.
     """
 
-    def __init__(self, app: ASGIApp, *, answer: Answer) -> None:
+    def __init__(self, app: ASGIApp, *, respond: ErrorResponder) -> None:
         self._app = app
-        self._answer = answer
+        self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        passing = _Passing(scope, receive=receive, send=send)
+        logged = _LoggedRequest(scope, receive=receive, send=send)
         try:
-            await self._app(scope, passing.receive, passing.send)
-        except asyncio.CancelledError:  # a server may tell so, Ray Serve does, that the client has left
-            passing.is_gone = True
+            await self._app(scope, logged.receive, logged.send)
+        except asyncio.CancelledError:  # Ray Serve reports a disconnected client by a cancellation
+            logged.is_gone = True
             raise
         except Exception as bug:
-            log.error("a bug", exc_info=bug, extra={"fields": passing.ids})
-            if passing.status is None:
+            log.error("a bug", exc_info=bug, extra={"fields": logged.ids})
+            if logged.status is None:
                 error = InternalError("an unexpected error; the server's log has it under the request id")
-                await self._answer(Request(scope), error)(scope, receive, passing.send)
-            # else the answer stays incomplete, and uvicorn closes the connection
+                await self._respond(Request(scope), error)(scope, receive, logged.send)
+            # otherwise the response stays incomplete, and uvicorn closes the connection
         finally:
-            passing.log_end()
+            logged.log_end()
 
 
-class _Passing:
-    """A request and its answer on their way through RequestLog."""
+class _LoggedRequest:
+    """A request that passes through RequestLog, with its response."""
 
     def __init__(self, scope: Scope, *, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
+        client_id = headers.get("x-request-id", "")
         traced = TRACEPARENT.fullmatch(headers.get("traceparent", ""))
         trace_id = traced[1] if traced else None
-        request_id = given if REQUEST_ID.fullmatch(given) else trace_id or uuid.uuid4().hex
+        request_id = client_id if REQUEST_ID.fullmatch(client_id) else trace_id or uuid.uuid4().hex
         self.exchange = Exchange(request_id, trace_id)
         add_exchange(scope, self.exchange)
         self.status: int | None = None
@@ -76,13 +77,13 @@ class _Passing:
 
     @property
     def ids(self) -> dict[str, str]:
-        """What the log knows the request by."""
+        """The ids of the request in the log."""
         traced = {} if self.exchange.trace_id is None else {"trace_id": self.exchange.trace_id}
         return {"request_id": self.exchange.request_id, **traced}
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self.is_gone |= message["type"] == "http.disconnect"  # all who wait for it stop once the answer is complete
+        self.is_gone |= message["type"] == "http.disconnect"  # nobody awaits it any more once the response is complete
         return message
 
     async def send(self, message: Message) -> None:

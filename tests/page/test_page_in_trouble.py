@@ -51,7 +51,7 @@ def generate(page: Page, **fields: str) -> str:
 
 
 def generated(page: Page) -> str:
-    expect(page.locator("#generate-status")).to_have_text("Done: as many tokens as asked for", timeout=20_000)
+    expect(page.locator("#generate-status")).to_have_text("Done: the requested number of tokens", timeout=20_000)
     return page.locator("#output").text_content() or ""
 
 
@@ -132,7 +132,7 @@ def test_what_was_held_back_is_shown_where_the_server_ends_a_text_between_two_to
     page.route("**/generate", lambda route: route.fulfill(content_type="text/event-stream", body=body))
     page.locator("#prompt").fill("It was")
     page.locator("#generate-run").click()
-    expect(page.locator("#generate-status")).to_have_text("Ended: the server's time limit has passed")
+    expect(page.locator("#generate-status")).to_have_text("Ended: the time limit of the server has passed")
     assert page.locator("#output").text_content() == "It was a\ufffd"
 
 

@@ -104,7 +104,7 @@ def make_app(*, keys: list[str] | None = None) -> FastAPI:
     if keys:
         app.add_middleware(BearerAuth, keys=[SecretStr(key) for key in keys], refuse=answer)
         openapi.require_bearer(app, open_paths=OPEN_PATHS)
-    app.add_middleware(RequestLog, answer=answer)
+    app.add_middleware(RequestLog, respond=answer)
     return app
 
 

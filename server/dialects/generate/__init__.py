@@ -1,1 +1,1 @@
-"""POST /generate, as text-generation-inference has it."""
+"""POST /generate, in the format of text-generation-inference."""

@@ -1,4 +1,4 @@
-"""What POST /generate says on success: typed structs that encode straight to JSON bytes. Knows no model and no HTTP."""
+"""The replies and events of POST /generate. Knows no model and no HTTP."""
 
 from collections.abc import Sequence
 
@@ -14,58 +14,58 @@ class PromptToken(Struct, frozen=True, gc=False):
 
     id: int
     text: str
-    logprob: float | None  # null for the first, and where the sequence ended before it was read
+    logprob: float | None  # null for the first token, and for tokens that the sequence did not read before its end
 
 
 class Details(Struct, frozen=True):
-    """How a sequence went."""
+    """Counts, finish reason and times of a sequence."""
 
     finish_reason: FinishReason
     generated_tokens: int
     prompt_tokens: int
-    seed: int  # gives this sequence again, alone
-    matched_stop: str | int | None  # the stop string, or the id of stop_token_ids
+    seed: int  # a request of one sequence with this seed repeats it
+    matched_stop: str | int | None  # the stop string, or the id from stop_token_ids
     logprob_sum: float
     timings: Timings
     fingerprint: str
-    prefill: list[PromptToken] | UnsetType = UNSET  # empty in plain replies, absent in streams, if not asked for
+    prefill: list[PromptToken] | UnsetType = UNSET  # if not requested: empty in plain replies, absent in streams
     tokens: list[OutputToken] | UnsetType = UNSET  # plain replies only
-    top_tokens: list[list[OutputToken]] | UnsetType = UNSET  # for each token, best first; plain replies, if asked for
+    top_tokens: list[list[OutputToken]] | UnsetType = UNSET  # best first, if requested; plain replies only
 
 
 class GenerateEvent(Struct, frozen=True, gc=False):
-    """One event of a stream. The last one of a sequence has `generated_text` and `details`.
+    """One event of a stream. The last event of a sequence has `generated_text` and `details`.
 
-    `token` is null only there, and only where the sequence ended between two tokens (cancelled, timeout, shutdown).
+    `token` is null only in the last event, if the sequence ended between two tokens (cancelled, timeout, shutdown).
     """
 
     index: int  # from 1
     token: OutputToken | None
     generated_text: str | None = None
     details: Details | None = None
-    sequence: int | UnsetType = UNSET  # which entry of the plain reply's array, from 0
-    top_tokens: list[OutputToken] | UnsetType = UNSET  # best first; if asked for
+    sequence: int | UnsetType = UNSET  # index in the array of the plain reply, from 0
+    top_tokens: list[OutputToken] | UnsetType = UNSET  # best first, if requested
 
 
 class GenerateReply(Struct, frozen=True):
-    """The plain reply to one input, or one of its entries where several are asked for."""
+    """The plain reply of one sequence."""
 
     generated_text: str
     details: Details | UnsetType = UNSET
 
 
 class EventMaker:
-    """Turns the outputs of one sequence into its events."""
+    """Maker of the events of one sequence from its outputs."""
 
     def __init__(self, *, sequence: int | UnsetType, echo: str, logprobs: bool) -> None:
-        """sequence: the number that the events carry. echo: what generated_text begins with."""
+        """sequence: the index that the events carry. echo: the text at the start of generated_text."""
         self._sequence = sequence
         self._echo = echo
         self._logprobs = logprobs
         self._prefill: list[PromptToken] | UnsetType = UNSET
 
     def event(self, output: Output) -> GenerateEvent | None:
-        """The event of an output; None for the prompt, which the last event tells."""
+        """Return the event of an output; None for the prompt's output, which goes into the last event."""
         if output.prompt is not None:
             self._prefill = _prefill(output.prompt)
             return None
@@ -79,7 +79,7 @@ class EventMaker:
 
 
 def plain_reply(generated: Generated, *, echo: str, details: bool, logprobs: bool, tops: bool) -> GenerateReply:
-    """The plain reply of one sequence; `details`, `logprobs` and `tops` as they were asked for."""
+    """Return the plain reply of one sequence. `details`, `logprobs` and `tops`: whether the reply has them."""
     text = echo + generated.ending.text
     if not details:
         return GenerateReply(text)

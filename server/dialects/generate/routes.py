@@ -1,4 +1,4 @@
-"""POST /generate: a checked body becomes plans, and generations become a plain reply or a stream."""
+"""POST /generate: turns a checked body into plans, and generations into a plain reply or a stream."""
 
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ from server.web.event_stream import Job
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What is left of a body once its inputs were read; they may be large."""
+class _ReplyOptions:
+    """The parts of a body that shape its reply. The inputs are dropped, as they may be large."""
 
-    echoes: list[str]  # what generated_text begins with, one an input
+    echoes: list[str]  # the text at the start of generated_text, for each input
     is_list: bool
     num_returned: int  # sequences of each input
     details: bool
@@ -42,69 +42,69 @@ class _Asked:
 
 @dataclass(frozen=True)
 class GeneratePlan:
-    """A checked request."""
+    """A checked request to generate."""
 
     service: Service
     plans: list[GenerationPlan]
-    asked: _Asked
+    options: _ReplyOptions
 
     def messages(self, new_id: Callable[[], str]) -> list[Generate | Score]:
-        """What the engine is told."""
+        """Return the messages for the engine."""
         return [plan.message(new_id) for plan in self.plans]
 
     def begin(self, live: list[LiveSequence], *, request_id: str) -> "GenerateWork":  # noqa: ARG002
-        """The work of the sequences."""
-        asked = self.asked
+        """Return the work of the admitted sequences."""
+        options = self.options
         group = GenerationGroup.of(
-            self.plans, live=live, service=self.service, num_returned=asked.num_returned, is_alone=not asked.is_list
+            self.plans, live=live, service=self.service, num_returned=options.num_returned, is_alone=not options.is_list
         )
-        return GenerateWork(group, asked)
+        return GenerateWork(group, options)
 
 
 class GenerateWork:
-    """Live sequences, told in the words of /generate."""
+    """The live sequences of a request, with the replies and events of /generate."""
 
-    def __init__(self, group: GenerationGroup, asked: _Asked) -> None:
+    def __init__(self, group: GenerationGroup, options: _ReplyOptions) -> None:
         self._group = group
-        self._asked = asked
+        self._options = options
 
     def jobs(self) -> list[Job]:
-        """What sends the events of each sequence."""
-        asked, jobs = self._asked, list[Job]()
-        for number, (echo, one) in enumerate(zip(self._echoes(), self._group.generations, strict=True)):
-            maker = EventMaker(sequence=number if asked.is_list else UNSET, echo=echo, logprobs=asked.logprobs)
-            jobs.append(partial(one.run, encode=partial(_encode, maker)))
+        """Return a function for each sequence that sends its events."""
+        options, jobs = self._options, list[Job]()
+        for number, (echo, generation) in enumerate(zip(self._echoes(), self._group.generations, strict=True)):
+            maker = EventMaker(sequence=number if options.is_list else UNSET, echo=echo, logprobs=options.logprobs)
+            jobs.append(partial(generation.run, encode=partial(_encode, maker)))
         return jobs
 
     def folds(self) -> list[Coroutine[Any, Any, Generated]]:
-        """What gives each sequence as a whole."""
-        return [one.fold(keep_tokens=self._asked.details) for one in self._group.generations]
+        """Return a coroutine for each sequence that produces it whole."""
+        return [generation.fold(keep_tokens=self._options.details) for generation in self._group.generations]
 
     async def reply(self, results: list[Generated]) -> bytes:
-        """The plain reply."""
-        size = sum(len(one.prompt or ()) for one in results)
+        """Return the plain reply as JSON."""
+        size = sum(len(result.prompt or ()) for result in results)
         return await beside_the_loop(lambda: self._encode_replies(results), size=size)
 
     def summary(self) -> WorkSummary:
-        """For the log."""
+        """Return the counts and times for the log."""
         return self._group.summary()
 
     def close(self) -> None:
-        """Let go of all sequences."""
+        """Free the rows of all sequences."""
         self._group.close()
 
     def _echoes(self) -> list[str]:
-        pairs = zip(self._asked.echoes, self._group.plans, strict=True)
+        pairs = zip(self._options.echoes, self._group.plans, strict=True)
         return [echo for echo, plan in pairs for _ in range(plan.num_sequences)]
 
     def _encode_replies(self, results: list[Generated]) -> bytes:
-        asked = self._asked
-        echoes = [echo for echo in asked.echoes for _ in range(asked.num_returned)]
+        options = self._options
+        echoes = [echo for echo in options.echoes for _ in range(options.num_returned)]
         replies = [
-            plain_reply(one, echo=echo, details=asked.details, logprobs=asked.logprobs, tops=asked.tops)
-            for one, echo in zip(self._group.returned(results), echoes, strict=True)
+            plain_reply(result, echo=echo, details=options.details, logprobs=options.logprobs, tops=options.tops)
+            for result, echo in zip(self._group.returned(results), echoes, strict=True)
         ]
-        return encode(replies if asked.is_list else replies[0])
+        return encode(replies if options.is_list else replies[0])
 
 
 def _encode(maker: EventMaker, output: Output) -> bytes:
@@ -113,34 +113,34 @@ def _encode(maker: EventMaker, output: Output) -> bytes:
 
 
 def _plan(body: GenerateRequest, service: Service) -> GeneratePlan:
-    asked, tokenizer = body.parameters, service.tokenizer
+    parameters, tokenizer = body.parameters, service.tokenizer
     prompts = read_prompts(body.inputs, field="inputs", tokenizer=tokenizer)
     plans = plan_generations(
-        asked,
-        prompts=[Prompt(prompt.tokens[-(asked.truncate or 0) :], prompt.text) for prompt in prompts],
+        parameters,
+        prompts=[Prompt(prompt.tokens[-(parameters.truncate or 0) :], prompt.text) for prompt in prompts],
         tokenizer=tokenizer,
         timeout_s=service.deadline(body.timeout_s),
-        prompt_extras=Extras() if asked.decoder_input_details else None,
+        prompt_extras=Extras() if parameters.decoder_input_details else None,
     )
     return GeneratePlan(
         service,
         plans,
-        _Asked(
-            echoes=_echoes(prompts, asked=asked, tokenizer=tokenizer),
+        _ReplyOptions(
+            echoes=_echoes(prompts, parameters=parameters, tokenizer=tokenizer),
             is_list=body.has_list_reply,
-            num_returned=asked.n,
-            details=asked.details,
-            logprobs=asked.logprobs,
-            tops=asked.top_n_tokens > 0,
+            num_returned=parameters.n,
+            details=parameters.details,
+            logprobs=parameters.logprobs,
+            tops=parameters.top_n_tokens > 0,
         ),
     )
 
 
-def _echoes(prompts: Sequence[Prompt], *, asked: Parameters, tokenizer: Tokenizer) -> list[str]:
-    """The prompts as texts, whole even where they are truncated for the model; nothing if not asked for."""
-    if not asked.return_full_text:
+def _echoes(prompts: Sequence[Prompt], *, parameters: Parameters, tokenizer: Tokenizer) -> list[str]:
+    """Return the texts of the prompts, before truncation; empty texts if the client does not request them."""
+    if not parameters.return_full_text:
         return [""] * len(prompts)
-    return [tokenizer.decode(one.tokens.tolist()) if one.text is None else one.text for one in prompts]
+    return [tokenizer.decode(prompt.tokens.tolist()) if prompt.text is None else prompt.text for prompt in prompts]
 
 
 _REQUESTS: dict[str, dict[str, Any]] = {
@@ -164,7 +164,7 @@ _ALL_DETAILS = replace(_DETAILS, prefill=_PREFILL, tokens=[_TOKEN], top_tokens=[
 def _form(schema: dict[str, Any]) -> dict[str, Any]:
     return {
         "anyOf": [schema, {"type": "array", "items": schema}],
-        "description": "one reply; an array for a list of inputs or for n > 1, the n of the first input first",
+        "description": "one reply; an array for a list of inputs or for n > 1, in the order of the inputs",
     }
 
 
@@ -196,8 +196,8 @@ def _form_fields(_service: Service) -> Handler:
 
 ENDPOINTS = (
     _endpoint("/generate", "Continue texts, plainly or as a stream"),
-    _endpoint("/generate_stream", "The same with stream = true", body=GenerateStreamRequest),
-    _endpoint("/", "The same as /generate, where huggingface_hub's clients look for it"),
+    _endpoint("/generate_stream", "The same as /generate with stream = true", body=GenerateStreamRequest),
+    _endpoint("/", "The same as /generate, at the path that huggingface_hub's clients use"),
     # for the form of the page, whose files need no key
     Endpoint(method="GET", path="/playground/parameters.json", make=_form_fields, in_schema=False),
 )

@@ -1,4 +1,4 @@
-"""What a client may say to POST /generate. Knows no model, so ids are checked later."""
+"""The body of POST /generate. Knows no model, so token ids are checked later."""
 
 from typing import Any, ClassVar, Self
 
@@ -7,14 +7,14 @@ from pydantic import Field, model_validator
 from server.dialects.inputs import MAX_TOP, Inputs
 from server.dialects.sampling import FilterFields, SamplingFields
 from server.requests.prompts import is_list_of_inputs, num_inputs
-from server.web.body import ENDS_AS_IT_IS, FieldError, RequestId, TimeoutS
+from server.web.body import TIMEOUT_DESCRIPTION, FieldError, RequestId, TimeoutS
 from server.web.engine_request import EngineRequest
 
 
 class Parameters(SamplingFields):
-    """How to continue. Greedy unless temperature, top_k, top_p, min_p or typical_p is given or do_sample is true.
+    """Generation parameters. Greedy unless temperature, top_k, top_p, min_p or typical_p is set or do_sample is true.
 
-    Null means "not given", except for max_new_tokens.
+    Null means "not set", except for max_new_tokens.
     """
 
     path: ClassVar[str] = "parameters."
@@ -22,27 +22,23 @@ class Parameters(SamplingFields):
     max_field: ClassVar[str] = "max_new_tokens"
     top_field: ClassVar[str] = "top_n_tokens"
 
-    max_new_tokens: int | None = Field(
-        default=128, ge=1, le=2**31 - 1, description="null = until something else ends it, for streams only"
-    )
+    max_new_tokens: int | None = Field(default=128, ge=1, le=2**31 - 1, description="null = no limit, for streams only")
     min_new_tokens: int = Field(
-        default=0, ge=0, le=2**31 - 1, description="nothing ends the output before: no end id, no text of `stop`"
+        default=0, ge=0, le=2**31 - 1, description="before this length, no end id and no text of `stop` ends the output"
     )
-    do_sample: bool | None = Field(default=None, description="true samples at temperature 1 unless another is given")
+    do_sample: bool | None = Field(default=None, description="true samples, at temperature 1 if none is set")
     return_full_text: bool = Field(default=False, description="begin generated_text with the prompt")
     truncate: int | None = Field(default=None, ge=1, description="read only the last n tokens of the prompt")
     details: bool = Field(default=False, description="add details to a plain reply; a stream always ends with them")
     decoder_input_details: bool = Field(default=False, description="add the prompt's tokens to the details")
     top_n_tokens: int = Field(
-        default=0, ge=0, le=MAX_TOP, description="tell so many of the most probable tokens beside each one"
+        default=0, ge=0, le=MAX_TOP, description="how many of the most probable tokens to list with each token"
     )
-    logprobs: bool = Field(
-        default=True, description="false leaves `logprob` of generated tokens null, for readers that do not want it"
-    )
+    logprobs: bool = Field(default=True, description="false makes `logprob` of generated tokens null")
 
     @property
     def is_greedy(self) -> bool:
-        """The one documented rule."""
+        """Whether each token is the most probable token, by the rule in the class's docstring."""
         if self.temperature is not None:
             return self.temperature == 0
         return not self.do_sample and not self.given_filters
@@ -59,7 +55,7 @@ class Parameters(SamplingFields):
         return self
 
 
-# The fields that shape one text, for a command line or a form that asks for one: all of sampling, and the lengths.
+# The fields that apply to a single text, for the command line and the form: all of sampling, and the lengths.
 ONE_TEXT_FIELDS = (
     *(name for name in SamplingFields.model_fields if name not in ("n", "best_of")),
     *("max_new_tokens", "min_new_tokens", "do_sample"),
@@ -67,12 +63,12 @@ ONE_TEXT_FIELDS = (
 
 
 def describe_numbers() -> list[dict[str, Any]]:
-    """The numbers among ONE_TEXT_FIELDS with what a form needs to know of them, as JSON."""
+    """Describe the numbers among ONE_TEXT_FIELDS for a form, as JSON objects."""
     properties = Parameters.model_json_schema()["properties"]
     described = []
     for name in ONE_TEXT_FIELDS:
         schema = properties[name]
-        kind = next((one for one in schema.get("anyOf", [schema]) if one.get("type") in ("integer", "number")), None)
+        kind = next((part for part in schema.get("anyOf", [schema]) if part.get("type") in ("integer", "number")), None)
         if kind is not None:
             limits = {"minimum": kind.get("minimum", kind.get("exclusiveMinimum")), "maximum": kind.get("maximum")}
             described.append(
@@ -93,27 +89,27 @@ class GenerateRequest(EngineRequest):
 
     inputs: Inputs
     parameters: Parameters = Parameters()
-    stream: bool = Field(default=False, description="answer with server-sent events, one a token")
-    timeout_s: TimeoutS | None = Field(default=None, description=ENDS_AS_IT_IS)
+    stream: bool = Field(default=False, description="respond with server-sent events, one for each token")
+    timeout_s: TimeoutS | None = Field(default=None, description=TIMEOUT_DESCRIPTION)
     request_id: RequestId = None
 
     @model_validator(mode="after")
     def _fits_the_reply(self) -> Self:
-        """Refuse what this kind of reply cannot hold, for it would be ignored."""
-        asked = self.parameters
+        """Refuse a field that this kind of reply cannot honour, instead of ignoring it."""
+        parameters = self.parameters
         if self.stream:
-            if asked.num_generated > asked.n:
+            if parameters.num_generated > parameters.n:
                 raise self._fault("best_of", "the best of several is known at their end only, leave out stream")
             return self
-        if asked.max_new_tokens is None:
+        if parameters.max_new_tokens is None:
             raise self._fault("max_new_tokens", "no limit is for streams only")
         only_in_details = {
-            "decoder_input_details": asked.decoder_input_details,
-            "top_n_tokens": asked.top_n_tokens > 0,
-            "logprobs": "logprobs" in asked.model_fields_set,
+            "decoder_input_details": parameters.decoder_input_details,
+            "top_n_tokens": parameters.top_n_tokens > 0,
+            "logprobs": "logprobs" in parameters.model_fields_set,
         }
-        for name, is_asked in only_in_details.items():
-            if is_asked and not asked.details:
+        for name, is_set in only_in_details.items():
+            if is_set and not parameters.details:
                 raise self._fault(name, "it is part of the details, ask for them with details: true")
         return self
 
@@ -122,12 +118,12 @@ class GenerateRequest(EngineRequest):
 
     @property
     def num_sequences(self) -> int:
-        """Sequences to generate for all inputs."""
+        """Number of sequences to generate for all inputs."""
         return num_inputs(self.inputs) * self.parameters.num_generated
 
     @property
     def counted_field(self) -> str:
-        """What asks for so many."""
+        """Name of the field that sets the number of sequences, for error messages."""
         return "inputs" if self.parameters.num_generated == 1 else "inputs, each of n or best_of sequences"
 
     @property
@@ -137,7 +133,7 @@ class GenerateRequest(EngineRequest):
 
 
 class GenerateStreamRequest(GenerateRequest):
-    """Body of POST /generate_stream: the same, where only a stream may be asked for."""
+    """Body of POST /generate_stream: that of POST /generate, always streamed."""
 
     stream: bool = True
 

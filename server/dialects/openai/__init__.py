@@ -1,1 +1,1 @@
-"""POST /v1/completions and GET /v1/models, as OpenAI has them."""
+"""POST /v1/completions and GET /v1/models, in OpenAI's format."""

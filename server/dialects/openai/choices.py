@@ -1,4 +1,4 @@
-"""The choices of a completion: texts and log-probabilities in OpenAI's shapes, plain and as events. Knows no HTTP."""
+"""The choices of a completion: texts and log-probabilities in OpenAI's format, plain and as events. Knows no HTTP."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from server.protocol.json import encode_event
 from server.protocol.messages import FinishReason
 from server.requests.results import Generated, Output, ScoredToken
 
-FINISH: dict[FinishReason, CompletionFinish] = {"eos_token": "stop", "stop_sequence": "stop"}  # all else cut it off
+FINISH: dict[FinishReason, CompletionFinish] = {"eos_token": "stop", "stop_sequence": "stop"}  # all others: "length"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What all replies and events of a request have in common."""
+    """The fields that all replies and events of a request have in common."""
 
     id: str
     created: int  # Unix time, seconds
@@ -25,23 +25,23 @@ class Shape:
     fingerprint: str
     tokenizer: Tokenizer
     lists_logprobs: bool
-    usage: UnsetType | None = UNSET  # of the events before the last one: null where the usage is asked for
+    usage: UnsetType | None = UNSET  # of all events before the last: null if the client requests the usage
 
     def completion(self, choices: list[Choice], *, usage: Usage | UnsetType | None = UNSET) -> Completion:
-        """A reply, or an event of a stream."""
+        """Return a reply, or an event of a stream."""
         return Completion(self.id, "text_completion", self.created, self.model, self.fingerprint, choices, usage)
 
 
 @dataclass(frozen=True)
 class PromptPart:
-    """What a choice says of its prompt."""
+    """The part of a choice that echoes its prompt."""
 
     text: str = ""
     logprobs: Logprobs | None = None
 
     @classmethod
     def of(cls, text: str, *, scored: Sequence[ScoredToken] | None, tokenizer: Tokenizer) -> "PromptPart":
-        """The part of an echoed prompt; `scored`: its tokens, if they are listed."""
+        """Make the part of an echoed prompt. `scored`: its tokens, if they are listed."""
         if scored is None:
             return cls(text)
         lister = LogprobLister(tokenizer)
@@ -51,12 +51,12 @@ class PromptPart:
 
 
 def scored_choice(index: int, prompt: PromptPart) -> Choice:
-    """The choice of a prompt that was only scored."""
+    """Return the choice of a prompt that was only scored."""
     return Choice(index, prompt.text, prompt.logprobs, finish_of("length"))
 
 
 def plain_choice(index: int, generated: Generated, *, prompt: PromptPart, shape: Shape) -> Choice:
-    """The choice of a plain reply."""
+    """Return the choice of a generated sequence in a plain reply."""
     text, finish = prompt.text + generated.ending.text, finish_of(generated.ending.finish_reason)
     if not shape.lists_logprobs:
         return Choice(index, text, None, finish)
@@ -68,7 +68,7 @@ def plain_choice(index: int, generated: Generated, *, prompt: PromptPart, shape:
 
 
 class ChoiceEvents:
-    """Turns the outputs of one sequence into framed events of its choice."""
+    """Maker of the encoded events of one choice from the outputs of its sequence."""
 
     def __init__(self, index: int, *, echo: str | None, shape: Shape) -> None:
         """echo: the text of the prompt, if it is echoed."""
@@ -79,13 +79,13 @@ class ChoiceEvents:
         self._num_sent = 0  # characters of the output
 
     def of_prompt(self, scored: Sequence[ScoredToken] | None) -> bytes:
-        """The event of the echoed prompt, after which the generated tokens come."""
+        """Return the event of the echoed prompt, which comes before the generated tokens."""
         assert self._echo is not None
         prompt = PromptPart.of(self._echo, scored=scored, tokenizer=self._shape.tokenizer)
-        return self._framed(Choice(self._index, prompt.text, prompt.logprobs))
+        return self._encode(Choice(self._index, prompt.text, prompt.logprobs))
 
     def of_output(self, output: Output) -> bytes:
-        """What an output adds. The last one may have text that is in no token."""
+        """Return the event of an output. The last output may add text that no token has."""
         if output.prompt is not None:
             return self.of_prompt(output.prompt)
         text = "" if output.token is None else output.token.text
@@ -97,12 +97,12 @@ class ChoiceEvents:
             self._lister.add(output.token, top=output.top or ())
             logprobs = self._lister.take()
         finish = None if output.ending is None else finish_of(output.ending.finish_reason)
-        return self._framed(Choice(self._index, text, logprobs, finish))
+        return self._encode(Choice(self._index, text, logprobs, finish))
 
-    def _framed(self, choice: Choice) -> bytes:
+    def _encode(self, choice: Choice) -> bytes:
         return encode_event(self._shape.completion([choice], usage=self._shape.usage))
 
 
 def finish_of(reason: FinishReason) -> CompletionFinish:
-    """OpenAI's word for the end of a sequence."""
+    """Return OpenAI's finish reason."""
     return FINISH.get(reason, "length")

@@ -1,4 +1,4 @@
-"""GET /v1/models: the name of the one model that is served. Knows nothing else about it."""
+"""GET /v1/models: the name of the served model. Knows nothing else about the model."""
 
 import time
 
@@ -41,7 +41,7 @@ ENDPOINTS = (
         method="GET",
         path="/v1/models",
         tag="openai",
-        summary="The models there are",
+        summary="List the served model",
         make=_list,
         reply=ModelList("list", [_EXAMPLE]),
     ),
@@ -49,7 +49,7 @@ ENDPOINTS = (
         method="GET",
         path="/v1/models/{name:path}",
         tag="openai",
-        summary="One model",
+        summary="The served model",
         make=_one,
         reply=_EXAMPLE,
         errors=(ModelNotFound.of("gpt", name="default"),),

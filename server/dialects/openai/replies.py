@@ -1,4 +1,4 @@
-"""What POST /v1/completions and GET /v1/models say on success, in OpenAI's shapes. Knows no model and no HTTP."""
+"""The replies of POST /v1/completions and GET /v1/models, in OpenAI's format. Knows no model and no HTTP."""
 
 from typing import Literal
 
@@ -8,31 +8,31 @@ CompletionFinish = Literal["stop", "length"]
 
 
 class Logprobs(Struct, frozen=True):
-    """Four lists of one length, an entry a token. The first token of a prompt has null for its figures.
+    """Four lists with one entry for each token. The first token of a prompt has null log-probabilities.
 
-    A token that is part of a character is named by its bytes, "bytes:\\xe2\\x82", so that no two names are the same.
+    A token that is part of a character is named by its bytes, "bytes:\\xe2\\x82", so that no two tokens share a name.
     """
 
     tokens: list[str]
     token_logprobs: list[float | None]  # nats, under the model's own distribution
     top_logprobs: list[dict[str, float] | None]  # best first; the token itself is always among them
-    text_offset: list[int]  # characters of the choice's text before the token
+    text_offset: list[int]  # characters before the token in the choice's text
 
 
 class Choice(Struct, frozen=True):
-    """One continuation, or in a stream what there is more of one. In streams all but the last have no finish_reason.
+    """One continuation, or in a stream a new piece of it. In streams only its last piece has a finish_reason.
 
-    "length" is also what was cut off by a deadline, a cancellation or the end of the server.
+    "length" also stands for a deadline, a cancellation and a shutdown of the server.
     """
 
-    index: int  # the n of the first prompt first
+    index: int  # in the order of the prompts
     text: str
     logprobs: Logprobs | None = None
     finish_reason: CompletionFinish | None = None
 
 
 class Usage(Struct, frozen=True):
-    """Tokens of the whole request; each prompt counts once, and so do sequences that best_of left out."""
+    """Token counts of the whole request. Each prompt counts once; sequences that best_of drops count too."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -48,7 +48,7 @@ class Completion(Struct, frozen=True):
     model: str
     system_fingerprint: str
     choices: list[Choice]
-    usage: Usage | UnsetType | None = UNSET  # in streams if asked for: null, and at last with no choices
+    usage: Usage | UnsetType | None = UNSET  # in streams, if requested: null until the last event, which has no choices
 
 
 class Model(Struct, frozen=True):
@@ -56,12 +56,12 @@ class Model(Struct, frozen=True):
 
     id: str
     object: Literal["model"]
-    created: int  # Unix time, seconds: when the server began
+    created: int  # start of the server, Unix time in seconds
     owned_by: str
 
 
 class ModelList(Struct, frozen=True):
-    """All models there are: one."""
+    """The list of served models, which has one entry."""
 
     object: Literal["list"]
     data: list[Model]

@@ -1,4 +1,4 @@
-"""POST /v1/completions: OpenAI's words for what POST /generate and POST /score do, and no generation of its own."""
+"""POST /v1/completions: generation and scoring in OpenAI's format, with the same work as /generate and /score."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from msgspec import UNSET
 from server.dialects.openai.choices import Shape
 from server.dialects.openai.replies import Choice, Completion, Logprobs, Usage
 from server.dialects.openai.schema import CompletionRequest
-from server.dialects.openai.work import DONE, Asked, GeneratedCompletion, ScoredCompletion
+from server.dialects.openai.work import DONE, GeneratedCompletion, ReplyOptions, ScoredCompletion
 from server.dialects.sampling import plan_generations
 from server.errors import Cancelled, InvalidField, ModelNotFound
 from server.protocol.json import encode_event
@@ -27,38 +27,40 @@ from server.web.engine_request import EngineRoad
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionPlan:
-    """A checked request: the prompts are continued, or only scored."""
+    """A checked request to continue prompts, or only to score them."""
 
     service: Service
     plans: list[GenerationPlan]
     generates: bool
-    asked: Asked
+    options: ReplyOptions
 
     def messages(self, new_id: Callable[[], str]) -> list[Generate | Score]:
-        """What the engine is told."""
+        """Return the messages for the engine."""
         if self.generates:
             return [plan.message(new_id) for plan in self.plans]
         return [_document(plan, new_id) for plan in self.plans]
 
     def begin(self, live: list[LiveSequence], *, request_id: str) -> "GeneratedCompletion | ScoredCompletion":
-        """The work of the sequences."""
-        service, asked = self.service, self.asked
+        """Return the work of the admitted sequences."""
+        service, options = self.service, self.options
         shape = Shape(
             id=f"cmpl-{request_id}",
             created=int(time.time()),
             model=service.model_name,
             fingerprint=service.fingerprint,
             tokenizer=service.tokenizer,
-            lists_logprobs=asked.lists_logprobs,
-            usage=None if asked.include_usage else UNSET,
+            lists_logprobs=options.lists_logprobs,
+            usage=None if options.include_usage else UNSET,
         )
         if self.generates:
-            is_alone = len(self.plans) * asked.n == 1
-            group = GenerationGroup.of(self.plans, live=live, service=service, num_returned=asked.n, is_alone=is_alone)
-            return GeneratedCompletion(group, asked=asked, shape=shape)
+            is_alone = len(self.plans) * options.n == 1
+            group = GenerationGroup.of(
+                self.plans, live=live, service=service, num_returned=options.n, is_alone=is_alone
+            )
+            return GeneratedCompletion(group, options=options, shape=shape)
         plans = [_scoring_plan(plan) for plan in self.plans]
-        scorings = [Scoring(plan, live=one, service=service) for plan, one in zip(plans, live, strict=True)]
-        return ScoredCompletion(scorings, asked=asked, shape=shape)
+        scorings = [Scoring(plan, live=sequence, service=service) for plan, sequence in zip(plans, live, strict=True)]
+        return ScoredCompletion(scorings, options=options, shape=shape)
 
 
 def _plan(body: CompletionRequest, service: Service) -> CompletionPlan:
@@ -71,14 +73,14 @@ def _plan(body: CompletionRequest, service: Service) -> CompletionPlan:
         timeout_s=service.deadline(body.timeout_s),
         prompt_extras=body.prompt_extras,
     )
-    asked = Asked(
+    options = ReplyOptions(
         n=body.n,
         echoes=[tokenizer.decode(plan.tokens.tolist()) for plan in plans] if body.echo else None,
         lists_logprobs=body.logprobs is not None,
         include_usage=body.stream_options.include_usage,
         user=body.user,
     )
-    return CompletionPlan(service=service, plans=plans, generates=body.max_tokens > 0, asked=asked)
+    return CompletionPlan(service=service, plans=plans, generates=body.max_tokens > 0, options=options)
 
 
 def _document(plan: GenerationPlan, new_id: Callable[[], str]) -> Score:
@@ -116,7 +118,7 @@ _EVENTS = (
     _example([], _USAGE),
 )
 _ERRORS = (
-    *(one for one in openapi.ENDPOINT_ERRORS if not isinstance(one, InvalidField)),
+    *(error for error in openapi.ENDPOINT_ERRORS if not isinstance(error, InvalidField)),
     InvalidField.of("temperature", value=3, allowed="it should be at least 0 and at most 2"),
     Cancelled("cancelled: 4096 of 30000 tokens had been scored"),
     ModelNotFound.of("gpt", name="default"),

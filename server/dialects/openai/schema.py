@@ -1,7 +1,6 @@
-"""What a client may say to POST /v1/completions.
+"""The body of POST /v1/completions: OpenAI's fields, and the fields of vLLM that /generate has too.
 
-The fields are OpenAI's, and those of vLLM's that say something /generate knows. Null stands for the default of any
-field but the prompt. Knows no model, so ids are checked later.
+Knows no model, so token ids are checked later.
 """
 
 from typing import Annotated, Any, ClassVar, NoReturn, Self
@@ -13,7 +12,7 @@ from server.dialects.inputs import MAX_TOP, Inputs
 from server.dialects.sampling import SamplingFields, Stop
 from server.protocol.messages import Extras
 from server.requests.prompts import num_inputs
-from server.web.body import ENDS_AS_IT_IS, FieldError, RequestBody, RequestId, TimeoutS
+from server.web.body import TIMEOUT_DESCRIPTION, FieldError, RequestBody, RequestId, TimeoutS
 from server.web.engine_request import EngineRequest
 
 MAX_USER_CHARS = 256
@@ -32,49 +31,49 @@ Suffix = Annotated[str, PlainValidator(_refuse_suffix, json_schema_input_type=No
 
 
 class StreamOptions(RequestBody):
-    """What a stream tells beside the text."""
+    """Options of a stream."""
 
-    include_usage: bool = Field(default=False, description="end with an event of no choices that has the `usage`")
+    include_usage: bool = Field(default=False, description="end with an event that has the `usage` and no choices")
 
 
 class CompletionRequest(SamplingFields, EngineRequest):
-    """Body of POST /v1/completions. Null stands for the default of any field but the prompt.
+    """Body of POST /v1/completions. Null means the default of any field except the prompt.
 
-    It samples at temperature 1 unless told otherwise, as OpenAI's does; /generate is greedy.
+    The default is to sample at temperature 1, as in OpenAI's API; the default of /generate is greedy.
     """
 
     min_field: ClassVar[str] = "min_tokens"
     max_field: ClassVar[str] = "max_tokens"
     top_field: ClassVar[str] = "logprobs"
 
-    model: str | None = Field(default=None, description="the name in /v1/models (404 for another), or none")
+    model: str | None = Field(default=None, description="the name in /v1/models, or null; another name gives 404")
     prompt: Inputs
     max_tokens: int = Field(
-        default=16, ge=0, le=2**31 - 1, description="0 generates nothing: the prompt is scored, with echo and logprobs"
+        default=16, ge=0, le=2**31 - 1, description="0 only scores the prompt and needs echo and logprobs"
     )
     min_tokens: int = Field(
-        default=0, ge=0, le=2**31 - 1, description="nothing ends the output before: no end id, no text of `stop`"
+        default=0, ge=0, le=2**31 - 1, description="before this length, no end id and no text of `stop` ends the output"
     )
     temperature: float = Field(default=1, ge=0, le=2, description="0 = greedy")
     top_k: int = Field(default=0, ge=-1, le=2**31 - 1, description="keep the k most probable tokens; 0 or -1 = off")
     stop: StopOrStops | None = Field(
-        default=None, description="a text or texts that end the output; they are not part of it"
+        default=None, description="a text or texts that end the output and are not part of it"
     )
-    echo: bool = Field(default=False, description="begin each choice with the prompt, as its tokens read")
+    echo: bool = Field(default=False, description="begin each choice with the prompt, decoded from its tokens")
     logprobs: int | None = Field(
         default=None,
         ge=0,
         le=MAX_TOP,
-        description="tell the log-probability of each token, and so many of the most probable ones in its place; with "
-        "echo of those of the prompt too",
+        description="list the log-probability of each token, and this many of the most probable tokens at its "
+        "position; with echo also for the prompt",
     )
-    stream: bool = Field(default=False, description="answer with server-sent events, the last of which is [DONE]")
+    stream: bool = Field(default=False, description="respond with server-sent events, the last of which is [DONE]")
     stream_options: StreamOptions = StreamOptions()
     suffix: Suffix | None = Field(default=None, description="refused: this model only continues a text")
     user: str | None = Field(
-        default=None, max_length=MAX_USER_CHARS, description="who asks, for the server's request log"
+        default=None, max_length=MAX_USER_CHARS, description="a name of the user, for the server's request log"
     )
-    timeout_s: TimeoutS | None = Field(default=None, description=ENDS_AS_IT_IS)
+    timeout_s: TimeoutS | None = Field(default=None, description=TIMEOUT_DESCRIPTION)
     request_id: RequestId = None
 
     @field_validator("*", mode="before")
@@ -104,25 +103,25 @@ class CompletionRequest(SamplingFields, EngineRequest):
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token is taken at every place."""
+        """Whether each token is the most probable token."""
         return self.temperature == 0
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the log-probabilities of the prompt are asked for."""
+        """Whether the reply has the log-probabilities of the prompt."""
         return self.echo and self.logprobs is not None
 
     @property
     def num_sequences(self) -> int:
-        """How many the engine has to do with: generated ones, or a scoring of each prompt where none is."""
+        """Number of sequences that the engine computes: generated ones, or one for each prompt that is only scored."""
         return num_inputs(self.prompt) * (self.num_generated if self.max_tokens else 1)
 
     @property
     def counted_field(self) -> str:
-        """What asks for so many."""
+        """Name of the field that sets the number of sequences, for error messages."""
         return "prompt"
 
     @property
     def prompt_extras(self) -> Extras | None:
-        """What to tell of each token of the prompt, if anything."""
+        """The extra figures of each token of the prompt; None if the prompt is not scored."""
         return Extras(num_top=self.logprobs or 0) if self.scores_prompt else None

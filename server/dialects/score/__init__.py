@@ -1,1 +1,1 @@
-"""POST /score."""
+"""POST /score: log-probabilities and perplexities of texts."""

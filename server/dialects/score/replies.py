@@ -1,4 +1,4 @@
-"""What POST /score says on success: typed structs that encode straight to JSON bytes. Knows no model and no HTTP."""
+"""The replies and events of POST /score. Knows no model and no HTTP."""
 
 from dataclasses import replace
 from typing import Literal
@@ -11,34 +11,34 @@ Unit = Literal["token", "byte", "char", "word"]
 
 
 class ScoreReply(Struct, frozen=True):
-    """The figures of one text over its scored tokens; null where nothing was scored (or infinite)."""
+    """The score of one text over its scored tokens. A figure is null if nothing was scored or it is infinite."""
 
     num_tokens: int
     num_bytes: int
     num_chars: int
     num_words: int
-    logprob: float  # nats, sum
-    perplexity: float | None  # per the unit that was asked for
+    logprob: float  # the sum, in nats
+    perplexity: float | None  # per `unit` of the request
     word_perplexity: float | None
     bits_per_token: float | None
     bits_per_byte: float | None
     bits_per_char: float | None
-    is_greedy: bool  # whether the model's first choice was the text's at every place
+    is_greedy: bool  # whether each token of the text is the most probable token at its position
     tokens: list[ScoredToken] | UnsetType = UNSET  # plain replies only
 
 
 class ScoreEvent(Struct, frozen=True):
-    """One event of a stream. The last one of a sequence has its `reply`."""
+    """One event of a stream. The last event of a sequence has its `reply`."""
 
     index: int  # tokens scored so far
-    num_tokens: int  # how many there will be
-    sequence: int | UnsetType = UNSET  # which reply of a list, from 0; lists of lists are numbered through
-    tokens: list[ScoredToken] | UnsetType = UNSET  # those that are new
+    num_tokens: int  # tokens to score in all
+    sequence: int | UnsetType = UNSET  # index in the list of replies, from 0; lists of lists are counted as one list
+    tokens: list[ScoredToken] | UnsetType = UNSET  # the new tokens
     reply: ScoreReply | None = None
 
 
 def score_reply(score: TextScore, *, unit: Unit) -> ScoreReply:
-    """All figures of a text; `perplexity` is per the unit."""
+    """Return all figures of a text; `perplexity` is per `unit`."""
     figures = score.figures
     num_units = {
         "token": figures.num_tokens,
@@ -52,7 +52,7 @@ def score_reply(score: TextScore, *, unit: Unit) -> ScoreReply:
         num_chars=figures.num_chars,
         num_words=figures.num_words,
         logprob=figures.logprob,
-        # As if each unit were a token: so it is the shared function that decides what a perplexity is.
+        # The units take the place of the tokens, so the shared function defines the perplexity.
         perplexity=replace(figures, num_tokens=num_units).perplexity,
         word_perplexity=figures.word_perplexity,
         bits_per_token=figures.bits_per_token,
@@ -63,7 +63,7 @@ def score_reply(score: TextScore, *, unit: Unit) -> ScoreReply:
 
 
 def score_event(output: ScoreOutput, *, unit: Unit, lists_tokens: bool, sequence: int | UnsetType) -> ScoreEvent:
-    """The event of an output. sequence: the number that the event carries."""
+    """Return the event of an output. sequence: the index that the event carries."""
     return ScoreEvent(
         output.num_done,
         output.num_tokens,

@@ -1,4 +1,4 @@
-"""POST /score: the log-probability of texts of any length, in one pass each, and what it means in every unit."""
+"""POST /score: the log-probability of texts of any length, in one pass each, and their perplexity in every unit."""
 
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -29,119 +29,125 @@ from server.web.event_stream import Job
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What is left of a body once its inputs were read; they may be large."""
+class _ReplyOptions:
+    """The parts of a body that shape its reply. The inputs are dropped, as they may be large."""
 
     unit: Unit
     lists_tokens: bool
     extras: Extras
     timeout_s: float | None
     group_sizes: list[int]  # texts of each document
-    depth: int  # of the answer's arrays
+    depth: int  # of the reply's nested arrays
 
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """A checked request."""
+    """A checked request to score."""
 
     service: Service
     documents: list[Document]
-    asked: _Asked
+    options: _ReplyOptions
 
     def messages(self, new_id: Callable[[], str]) -> list[Generate | Score]:
-        """What the engine is told."""
-        asked = self.asked
-        return [one.message(new_id, extras=asked.extras, timeout_s=asked.timeout_s) for one in self.documents]
+        """Return the messages for the engine."""
+        options = self.options
+        return [
+            document.message(new_id, extras=options.extras, timeout_s=options.timeout_s) for document in self.documents
+        ]
 
     def begin(self, live: list[LiveSequence], *, request_id: str) -> "ScoreWork":  # noqa: ARG002
-        """The work of the sequences."""
+        """Return the work of the admitted sequences."""
         plans = [self._plan(document, text) for document in self.documents for text in document.texts]
-        scorings = [Scoring(plan, live=one, service=self.service) for plan, one in zip(plans, live, strict=True)]
-        return ScoreWork(scorings, self.asked)
+        scorings = [
+            Scoring(plan, live=sequence, service=self.service) for plan, sequence in zip(plans, live, strict=True)
+        ]
+        return ScoreWork(scorings, self.options)
 
     def _plan(self, document: Document, text: NDArray[np.int32]) -> ScoringPlan:
         return ScoringPlan(
             tokens=text,
             num_scored=len(text) if len(document.context) else len(text) - 1,
-            lists_tokens=self.asked.lists_tokens,
-            extras=self.asked.extras,
+            lists_tokens=self.options.lists_tokens,
+            extras=self.options.extras,
         )
 
 
 class ScoreWork:
-    """Live sequences, told in the words of /score."""
+    """The live sequences of a request, with the replies and events of /score."""
 
-    def __init__(self, scorings: list[Scoring], asked: _Asked) -> None:
+    def __init__(self, scorings: list[Scoring], options: _ReplyOptions) -> None:
         self._scorings = scorings
-        self._asked = asked
+        self._options = options
 
     def jobs(self) -> list[Job]:
-        """What sends the events of each text."""
+        """Return a function for each text that sends its events."""
         numbers = range(len(self._scorings))
-        encoders = [partial(self._encode_event, sequence=i if self._asked.depth else UNSET) for i in numbers]
-        return [partial(one.run, encode=encode) for one, encode in zip(self._scorings, encoders, strict=True)]
+        encoders = [partial(self._encode_event, sequence=i if self._options.depth else UNSET) for i in numbers]
+        return [partial(scoring.run, encode=encode) for scoring, encode in zip(self._scorings, encoders, strict=True)]
 
     def folds(self) -> list[Coroutine[Any, Any, tuple[TextScore, list[bytes]]]]:
-        """What gives the score of each text, and its list of tokens as JSON."""
-        return [one.fold(encode=_entries) for one in self._scorings]
+        """Return a coroutine for each text that produces its score and its list of tokens as JSON."""
+        return [scoring.fold(encode=_entries) for scoring in self._scorings]
 
     async def reply(self, results: list[tuple[TextScore, list[bytes]]]) -> bytes:
-        """The plain reply."""
+        """Return the plain reply as JSON."""
         parts = [self._encode_reply(score, entries) for score, entries in results]
-        return _nest(parts, group_sizes=self._asked.group_sizes, depth=self._asked.depth)
+        return _nest(parts, group_sizes=self._options.group_sizes, depth=self._options.depth)
 
     def summary(self) -> WorkSummary:
-        """For the log."""
+        """Return the counts and times for the log."""
         return summarise(self._scorings)
 
     def close(self) -> None:
-        """Let go of all sequences."""
-        for one in self._scorings:
-            one.close()
+        """Free the rows of all sequences."""
+        for scoring in self._scorings:
+            scoring.close()
 
     def _encode_event(self, output: ScoreOutput, *, sequence: int | UnsetType) -> bytes:
-        asked = self._asked
-        return encode_event(score_event(output, unit=asked.unit, lists_tokens=asked.lists_tokens, sequence=sequence))
+        options = self._options
+        return encode_event(
+            score_event(output, unit=options.unit, lists_tokens=options.lists_tokens, sequence=sequence)
+        )
 
     def _encode_reply(self, score: TextScore, entries: list[bytes]) -> bytes:
-        head = encode(score_reply(score, unit=self._asked.unit))
-        return b"".join((head[:-1], b',"tokens":[', b",".join(entries), b"]}")) if self._asked.lists_tokens else head
+        head = encode(score_reply(score, unit=self._options.unit))
+        return b"".join((head[:-1], b',"tokens":[', b",".join(entries), b"]}")) if self._options.lists_tokens else head
 
 
 def _entries(output: ScoreOutput) -> bytes:
-    """The inside of its list of tokens."""
+    """Return the tokens of an output as JSON, without the brackets of the list."""
     return msgspec.json.encode(output.tokens)[1:-1]
 
 
 def _plan(body: ScoreRequest, service: Service) -> ScorePlan:
     documents = _documents(body, tokenizer=service.tokenizer)
-    asked = _Asked(
+    options = _ReplyOptions(
         unit=body.unit,
         lists_tokens=bool(body.return_),
         extras=body.extras,
         timeout_s=service.deadline(body.timeout_s),
-        group_sizes=[len(one.texts) for one in documents],
+        group_sizes=[len(document.texts) for document in documents],
         depth=body.depth,
     )
-    return ScorePlan(service, documents, asked)
+    return ScorePlan(service, documents, options)
 
 
 def _documents(body: ScoreRequest, *, tokenizer: Tokenizer) -> list[Document]:
-    """One document for each input. Raises InvalidField."""
+    """Return a document for each input. Raises InvalidField."""
     if body.extras.num_top > tokenizer.vocab_size:
         raise InvalidField.of("top", value=body.top, allowed=f"there are {tokenizer.vocab_size} tokens")
     prefix = _prefix(body.prefix, tokenizer=tokenizer)
     inputs = [prompt.tokens for prompt in read_prompts(body.inputs, field="inputs", tokenizer=tokenizer)]
     if body.continuations is None:
-        return [Document(prefix, (one,)) for one in inputs]
+        return [Document(prefix, (tokens,)) for tokens in inputs]
     if is_list_of_inputs(body.inputs):
         nested = cast("list[list[str]]", body.continuations)
         fields = [f"continuations.{i}" for i in range(len(nested))]
     else:
         nested, fields = [cast("list[str]", body.continuations)], ["continuations"]
     return [
-        Document(np.concatenate([prefix, one]), _texts(texts, field=field, tokenizer=tokenizer))
-        for one, texts, field in zip(inputs, nested, fields, strict=True)
+        Document(np.concatenate([prefix, tokens]), _texts(texts, field=field, tokenizer=tokenizer))
+        for tokens, texts, field in zip(inputs, nested, fields, strict=True)
     ]
 
 
@@ -159,7 +165,7 @@ def _texts(texts: Sequence[str], *, field: str, tokenizer: Tokenizer) -> tuple[N
 
 
 def _nest(parts: list[bytes], *, group_sizes: Sequence[int], depth: int) -> bytes:
-    """The answer from the JSON of its replies."""
+    """Return the whole reply, made from the JSON of its parts."""
     if depth == 2:
         rest = iter(parts)
         parts = [_array(list(islice(rest, size))) for size in group_sizes]
@@ -188,7 +194,7 @@ _LISTED = replace(_PLAIN, tokens=[_FIRST, _SECOND])
 def _form(schema: dict[str, Any]) -> dict[str, Any]:
     return {
         "anyOf": [schema, _array_of(schema), _array_of(_array_of(schema))],
-        "description": "one reply; an array for a list of inputs or for continuations; of arrays for both",
+        "description": "one reply; an array for a list of inputs or for continuations; an array of arrays for both",
     }
 
 

@@ -1,4 +1,4 @@
-"""What a client may say to POST /score. Knows no model, so ids and `top` are checked against the vocabulary later."""
+"""The body of POST /score. Knows no model, so ids and `top` are checked against the vocabulary later."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -18,25 +18,25 @@ Texts = Annotated[
 
 
 def _read_continuations(value: Any) -> list[str] | list[list[str]]:
-    """Check by hand, for pydantic would name the forms that it tried where only the place of the fault matters."""
+    """Validate by hand: pydantic would report the union members that it tried, and not just the wrong entry."""
     if isinstance(value, list) and value and isinstance(value[0], list):
         for i, texts in enumerate(value):
-            _check_texts(texts, place=(str(i),))
+            _check_texts(texts, path=(str(i),))
     else:
-        _check_texts(value, place=())
+        _check_texts(value, path=())
     return value  # type: ignore[no-any-return]
 
 
-def _check_texts(texts: Any, *, place: tuple[str, ...]) -> None:
+def _check_texts(texts: Any, *, path: tuple[str, ...]) -> None:
     allowed = f"it should be a list of 1 to {MAX_CONTINUATIONS} texts"
     if not isinstance(texts, list):
-        raise FieldError.of(".".join(place), value=texts, allowed=allowed)
+        raise FieldError.of(".".join(path), value=texts, allowed=allowed)
     if not 1 <= len(texts) <= MAX_CONTINUATIONS:
-        raise FieldError(".".join(place), f"a list of {len(texts)} is not allowed; {allowed}")
+        raise FieldError(".".join(path), f"a list of {len(texts)} is not allowed; {allowed}")
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text:
-            where = ".".join((*place, str(i)))
-            raise FieldError.of(where, value=text, allowed="it should be a text of at least one character")
+            subpath = ".".join((*path, str(i)))
+            raise FieldError.of(subpath, value=text, allowed="it should be a text of at least one character")
 
 
 Continuations = Annotated[
@@ -51,28 +51,28 @@ class ScoreRequest(EngineRequest):
     continuations: Continuations | None = Field(
         default=None,
         description="texts to score, each as if it alone followed the input, which is read once and not scored; for a "
-        "list of inputs a list of such lists. Input and continuation are tokenised each on its own, as lm_eval does",
+        "list of inputs, a list of such lists. Input and continuation are tokenised separately, as in lm_eval",
     )
     prefix: Prefix | None = Field(
         default=None,
-        description="a text or a token id that is read before each input and not scored, so that the input's first "
-        "token has a score",
+        description="a text or a token id that is read before each input and not scored; it gives the input's first "
+        "token a score",
     )
-    unit: Unit = Field(default="token", description="what `perplexity` is per; all other figures stay as they are")
+    unit: Unit = Field(default="token", description="the unit of `perplexity`; no other figure depends on it")
     return_: list[Literal["tokens", "top", "entropy", "memory_share"]] = Field(
         default=[],
         alias="return",
         max_length=4,
         fail_fast=True,
-        description="tokens: every token's own figures; with each of them, "
-        "top: the most probable tokens in its place, "
+        description="tokens: list every token with its figures; added to each token: "
+        "top: the most probable tokens at its position, "
         "entropy: that of the distribution it was scored under, in nats, "
         "memory_share: how much of the attention at the position before went to persistent vectors, by layer",
     )
-    top: int = Field(default=5, ge=1, le=MAX_TOP, description="how many tokens `return: [top]` tells")
-    stream: bool = Field(default=False, description="answer with server-sent events as the scores come")
+    top: int = Field(default=5, ge=1, le=MAX_TOP, description="how many tokens `return: [top]` lists")
+    stream: bool = Field(default=False, description="respond with server-sent events as the scores come")
     timeout_s: TimeoutS | None = Field(
-        default=None, description="seconds after which the request is given up (408); the server's own if not set"
+        default=None, description="seconds after which the request fails (408); the server's limit if not set"
     )
     request_id: RequestId = None
 
@@ -96,24 +96,24 @@ class ScoreRequest(EngineRequest):
 
     @property
     def depth(self) -> int:
-        """0: the answer is one reply; 1: an array, of inputs or of continuations; 2: an array of arrays."""
+        """Depth of the reply's arrays: 0 one reply; 1 an array, of inputs or of continuations; 2 an array of arrays."""
         return is_list_of_inputs(self.inputs) + (self.continuations is not None)
 
     @property
     def num_sequences(self) -> int:
-        """How many texts there are to score, each a sequence of its own."""
+        """Number of texts to score, each a sequence."""
         if self.continuations is None:
             return num_inputs(self.inputs)
-        return sum(1 if isinstance(one, str) else len(one) for one in self.continuations)
+        return sum(1 if isinstance(texts, str) else len(texts) for texts in self.continuations)
 
     @property
     def counted_field(self) -> str:
-        """What asks for so many."""
+        """Name of the field that sets the number of sequences, for error messages."""
         return "inputs" if self.continuations is None else "continuations"
 
     @property
     def extras(self) -> Extras:
-        """What the engine shall tell of each token."""
+        """The extra figures that the engine reports of each token."""
         return Extras(
             num_top=self.top if "top" in self.return_ else 0,
             entropy="entropy" in self.return_,

@@ -1,27 +1,27 @@
-// Talks to the server: JSON out, JSON or server-sent events in, errors as the server words them. Knows no section.
+// The client of the server's API: sends JSON, reads JSON or server-sent events. Knows no section of the page.
 // Addresses are relative, so that the page also works behind a proxy's prefix.
 
-const KEY = "allattn.key"; // for as long as the tab lives
+const KEY = "allattn.key"; // in sessionStorage, which lasts as long as the tab
 const VISIBLE = /^[\x21-\x7e]+$/;
 
 const form = document.querySelector("#key-form");
 const field = document.querySelector("#key");
 const note = document.querySelector("#key-note");
-let asking = null; // a promise, while the user is asked for a key
+let keyRequest = null; // a promise, while the page asks the user for a key
 
-/** What the server refused, or why it could not be asked. */
+/** An error for the user: the server refused a request or cannot be reached. */
 export class Failure extends Error {}
 
-/** POST `body` (JSON text), or GET without one. Returns a response that is fine, or throws Failure or AbortError. */
+/** POST `body` (JSON text), or GET without a body. Returns a successful response; throws Failure or AbortError. */
 export async function call(path, { body, signal } = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
     const response = await send(path, { body, signal, key });
     if (response.ok) return response;
-    const message = await wording(response);
-    signal?.throwIfAborted(); // it may have been, while the words were read
+    const message = await errorMessage(response);
+    signal?.throwIfAborted(); // the user may have stopped the request meanwhile
     if (response.status !== 401) throw new Failure(message);
-    if (sessionStorage.getItem(KEY) === key) await ask(message, signal); // else another call has asked meanwhile
+    if (sessionStorage.getItem(KEY) === key) await askForKey(message, signal); // otherwise another call has stored a new key
   }
 }
 
@@ -37,43 +37,43 @@ async function send(path, { body, signal, key }) {
   }
 }
 
-async function wording(response) {
+async function errorMessage(response) {
   const wait = response.headers.get("Retry-After");
   const again = wait ? ` (try again in ${wait} s)` : "";
   try {
     return (await response.json()).error.message + again;
   } catch {
-    return `The answer was ${response.status} ${response.statusText}${again}`; // a proxy's, not the server's
+    return `The response was ${response.status} ${response.statusText}${again}`; // a proxy's response has no error object
   }
 }
 
-/** Show the field for the key, and wait until there is one. */
-function ask(message, signal) {
+/** Show the field for the API key and wait until the user has entered a key. */
+function askForKey(message, signal) {
   note.textContent = sessionStorage.getItem(KEY) ? `This key is not known. ${message}` : message;
   form.hidden = false;
   field.focus();
-  asking ??= new Promise((resolve) => {
+  keyRequest ??= new Promise((resolve) => {
     form.onsubmit = (event) => {
       event.preventDefault();
       const key = field.value.trim();
-      if (!VISIBLE.test(key)) { // what a header cannot hold is not sent, nor kept
-        note.textContent = "A key has visible ASCII characters and no spaces.";
+      if (!VISIBLE.test(key)) { // a header cannot hold other characters
+        note.textContent = "A key consists of visible ASCII characters without spaces.";
         return;
       }
       sessionStorage.setItem(KEY, key);
       form.hidden = true;
       field.value = "";
-      asking = null;
+      keyRequest = null;
       resolve();
     };
   });
   const aborted = new Promise((_, reject) => {
     signal?.addEventListener("abort", () => reject(signal.reason), { once: true });
   });
-  return Promise.race([asking, aborted]);
+  return Promise.race([keyRequest, aborted]);
 }
 
-/** The events of a stream, parsed. Throws Failure for an error event, or where the connection breaks. */
+/** Yields the parsed events of a stream. Throws Failure for an error event or a broken connection. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -100,6 +100,6 @@ async function read(reader) {
     return await reader.read();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Failure("The connection broke off.");
+    throw new Failure("The connection was lost.");
   }
 }

@@ -1,4 +1,4 @@
-// Puts the page together: the facts at its top, the theme, and the three sections.
+// Sets up the page: the model's facts in the header, the theme, and the three sections.
 
 import { call } from "./api.js";
 import { setUpGenerate, showMode } from "./generate.js";
@@ -18,7 +18,7 @@ function setUpTheme() {
     const next = THEMES[(THEMES.indexOf(root.dataset.theme ?? "auto") + 1) % THEMES.length];
     if (next === "auto") delete root.dataset.theme;
     else root.dataset.theme = next;
-    try { localStorage.setItem(THEME, next); } catch { /* storage is refused: it lasts as long as the page */ }
+    try { localStorage.setItem(THEME, next); } catch { /* no storage: the choice lasts as long as the page */ }
     show();
   });
   show();

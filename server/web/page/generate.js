@@ -1,27 +1,27 @@
-// The section that generates: its fields become a request, the events of the answer become text.
+// The section Generate: turns its fields into a request, and the events of the stream into text.
 
 import { Failure, call, events } from "./api.js";
 import { Job, bindKeys } from "./job.js";
 
 const NUMBER = /^-?\d+(\.\d+)?([eE][-+]?\d+)?$/;
 const ENDINGS = {
-  length: "Done: as many tokens as asked for",
+  length: "Done: the requested number of tokens",
   eos_token: "Done: the model ended the text",
-  stop_sequence: "Done: a stop text was reached",
-  cancelled: "Ended: somebody cancelled the request",
-  timeout: "Ended: the server's time limit has passed",
-  shutdown: "Ended: the server shuts down",
+  stop_sequence: "Done: the text reached a stop string",
+  cancelled: "Ended: the request was cancelled",
+  timeout: "Ended: the time limit of the server has passed",
+  shutdown: "Ended: the server is shutting down",
 };
 const MODES = {
-  sample: "The next token is drawn: a probable one is likely, a rare one is possible.",
-  greedy: "Always the most probable token. Nothing is drawn, so the text is the same each time.",
+  sample: "Draws each token at random from the model's distribution.",
+  greedy: "Always takes the most probable token, so the text is the same each time.",
 };
 
 const $ = (id) => document.getElementById(id);
 const form = $("generate-form");
 const output = $("output");
 
-/** Set the section up. `measure(text)` is what the button that leads to the next section does. */
+/** Set up the section. `measure(text)` scores a text in the section Surprisal. */
 export function setUpGenerate({ measure }) {
   const run = new Run();
   const job = new Job({
@@ -44,23 +44,23 @@ export function setUpGenerate({ measure }) {
   $("measure-output").addEventListener("click", () => measure(output.textContent));
 }
 
-/** Say what the chosen mode does, and disable the fields that it has no use for. */
+/** Explain the chosen mode, and disable the fields that it ignores. */
 export function showMode() {
   const mode = form.elements.mode.value;
   $("mode-note").textContent = MODES[mode];
   for (const input of form.elements) if ("sampling" in input.dataset) input.disabled = mode === "greedy";
 }
 
-/** One generation after the other, and what is shown of it. */
+/** The shown generation. Each new generation replaces the one before it. */
 class Run {
   seed = "";
 
   async work(signal) {
-    const { body, ...asked } = this.request();
+    const { body, ...shown } = this.request();
     const began = performance.now();
     $("generate-status").textContent = "Waiting for the server";
     const response = await call("generate", { body, signal });
-    this.reset({ ...asked, began }); // not before: what is refused leaves the text before it where it is
+    this.reset({ ...shown, began }); // only now, so that a refused request leaves the previous text
     let last;
     try {
       for await (const event of events(response)) {
@@ -72,30 +72,30 @@ class Run {
       $("after").hidden = false;
     }
     if (!last?.details) throw new Failure("The stream ended before the text did.");
-    this.unshown = last.generated_text.slice(this.text.length); // part of a character, if anything
+    this.unshown = last.generated_text.slice(this.text.length); // an incomplete character at the end, if any
     this.show();
     return ENDINGS[last.details.finish_reason] ?? last.details.finish_reason;
   }
 
-  /** What the fields ask for; `body` is JSON. Numbers are sent digit by digit as typed: a seed may have 64 bits. */
+  /** Returns the request; `body` is JSON text. Numbers keep the typed digits, because a seed may have 64 bits. */
   request() {
     const prompt = $("prompt").value;
     const isGreedy = form.elements.mode.value === "greedy";
     const fields = [...form.elements].filter((input) => input.type === "number" && !input.disabled);
-    const parameters = fields.filter((input) => input.value || input.validity.badInput).map((input) => {
-      const digits = input.value.replace(/^(-?)0*(?=\d)/, "$1").replace(/^(-?)\./, "$10."); // 007 and .5 are no JSON
+    const entries = fields.filter((input) => input.value || input.validity.badInput).map((input) => {
+      const digits = input.value.replace(/^(-?)0*(?=\d)/, "$1").replace(/^(-?)\./, "$10."); // 007 and .5 are not JSON
       if (!NUMBER.test(digits)) throw new Failure(`${input.name}: this is not a number`);
       return [input.name, digits];
     });
-    const given = Object.fromEntries(parameters);
-    if (!given.max_new_tokens) given.max_new_tokens = "null";
+    const parameters = Object.fromEntries(entries);
+    if (!parameters.max_new_tokens) parameters.max_new_tokens = "null";
     if (!isGreedy) {
-      given.seed ??= drawSeed(); // here and not by the server, so that a text that was stopped can be repeated too
-      if (Number(given.temperature ?? 1) !== 0) given.do_sample = "true";
+      parameters.seed ??= drawSeed(); // drawn here, so that a stopped text can be repeated too
+      if (Number(parameters.temperature ?? 1) !== 0) parameters.do_sample = "true";
     }
-    const json = Object.entries(given).map(([name, value]) => `${JSON.stringify(name)}:${value}`);
+    const json = Object.entries(parameters).map(([name, value]) => `${JSON.stringify(name)}:${value}`);
     const body = `{"inputs":${JSON.stringify(prompt)},"stream":true,"parameters":{${json.join(",")}}}`;
-    return { body, prompt, seed: given.seed ?? "" };
+    return { body, prompt, seed: parameters.seed ?? "" };
   }
 
   reset({ prompt, seed, began }) {
@@ -127,7 +127,7 @@ class Run {
     this.unshown += token.text;
   }
 
-  /** Once a frame, for a fast server sends many tokens in one. */
+  /** Shows the new tokens. Runs once per frame, because a fast server sends many tokens within one frame. */
   show() {
     const isAtEnd = output.scrollTop + output.clientHeight >= output.scrollHeight - 4;
     this.text.appendData(this.unshown);
@@ -143,7 +143,7 @@ function rate(count, milliseconds) {
   return milliseconds > 0 ? Math.round((1000 * count) / milliseconds).toLocaleString("en") : "–";
 }
 
-/** Below 2^53, as the server's. */
+/** Returns a random seed below 2^53, like the seeds that the server draws. */
 function drawSeed() {
   const [high, low] = crypto.getRandomValues(new Uint32Array(2));
   return String((high % 2 ** 21) * 2 ** 32 + low);

@@ -1,11 +1,11 @@
-// What is known of one token of a scored text.
+// The panel that shows the figures of one scored token.
 
 export const NATS_PER_BIT = Math.LN2;
 
 const $ = (id) => document.getElementById(id);
 const bits = (nats) => `${(nats / NATS_PER_BIT).toFixed(2)} bits`;
 
-/** A token as one would quote it: breaks and tabs are seen, and so is an empty text. */
+/** Returns a token's text in quotes, so that line breaks, tabs and an empty text are visible. */
 export function quote(text) {
   return JSON.stringify(text);
 }
@@ -37,7 +37,7 @@ export class Inspector {
     $("token-probability").textContent = percent(Math.exp(token.logprob));
     $("token-rank").textContent = token.rank ? (token.rank + 1).toLocaleString("en") : "1 (first)";
     $("token-entropy").textContent = bits(token.entropy);
-    $("token-top").replaceChildren(...token.top.map((one) => alternative(one, token.id)));
+    $("token-top").replaceChildren(...token.top.map((top) => alternative(top, token.id)));
     $("token-memory").replaceChildren(...token.memory_share.map(layer));
   }
 }

@@ -1,14 +1,14 @@
-// What the two forms share: one run at a time, a button that starts and stops it, a status line and an error line.
+// The job of a form: one run at a time, a button that starts and stops it, a status line and an error line.
 
 import { Failure } from "./api.js";
 
 export class Job {
-  /** work(signal): does the run; returns the last status. stopped(): that of a run that was stopped. */
+  /** work(signal) does a run and returns its final status. stopped() returns the status of a stopped run. */
   constructor({ form, button, status, error, work, stopped }) {
     Object.assign(this, { form, button, status, error, work, stopped });
     this.label = button.textContent;
     this.controller = null;
-    this.ending = null; // a promise, of the end of the latest run
+    this.ending = null; // a promise that resolves at the end of the latest run
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       if (this.controller) this.stop();
@@ -17,7 +17,7 @@ export class Job {
   }
 
   stop() {
-    this.controller?.abort(); // the server notices, and frees the row
+    this.controller?.abort(); // the server notices the disconnect and frees the row
   }
 
   start() {
@@ -51,7 +51,7 @@ export class Job {
     this.status.textContent = "";
     this.error.textContent = error.message;
     this.error.hidden = false;
-    if (!(error instanceof Failure)) throw error; // a bug: the console shall have it too
+    if (!(error instanceof Failure)) throw error; // a bug: show it in the console too
   }
 }
 

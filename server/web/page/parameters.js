@@ -1,17 +1,17 @@
-// The fields of the sampling form, made from what the server says of each parameter. Knows no request.
+// The fields of the sampling form, made from the server's description of each parameter. Knows no request.
 
 import { call } from "./api.js";
 
-const INITIAL = { temperature: 0.8, max_new_tokens: 200 }; // elsewhere a field is empty, which is the server's default
-const FIRST = ["seed", "max_new_tokens"]; // shown at once, beside those that ask for sampling
-const EMPTY = { seed: "drawn", max_new_tokens: "no limit", temperature: "1" }; // what an empty field means
+const INITIAL = { temperature: 0.8, max_new_tokens: 200 }; // all other fields begin empty and take the server's default
+const FIRST = ["seed", "max_new_tokens"]; // shown without opening More, besides the parameters that ask for sampling
+const EMPTY = { seed: "drawn", max_new_tokens: "no limit", temperature: "1" }; // the meaning of an empty field
 
 /** Make a field for each parameter. */
 export async function showParameters() {
   const parameters = await (await call("playground/parameters.json")).json();
-  const isFirst = (one) => one.asks_for_sampling || FIRST.includes(one.name);
+  const isFirst = (parameter) => parameter.asks_for_sampling || FIRST.includes(parameter.name);
   fill("parameters", parameters.filter(isFirst));
-  fill("more-parameters", parameters.filter((one) => !isFirst(one)));
+  fill("more-parameters", parameters.filter((parameter) => !isFirst(parameter)));
 }
 
 function fill(id, parameters) {
@@ -21,7 +21,7 @@ function fill(id, parameters) {
 function field({ name, description, type, default: value, minimum, asks_for_sampling: draws }) {
   const label = document.createElement("label");
   label.htmlFor = name;
-  label.textContent = wording(name);
+  label.textContent = labelText(name);
   const input = document.createElement("input");
   Object.assign(input, {
     id: name,
@@ -45,8 +45,8 @@ function field({ name, description, type, default: value, minimum, asks_for_samp
   return box;
 }
 
-/** top_k reads Top k. */
-function wording(name) {
+/** Returns the label of a parameter: Top k for top_k. */
+function labelText(name) {
   const words = name.replaceAll("_", " ");
   return words[0].toUpperCase() + words.slice(1);
 }

@@ -1,14 +1,14 @@
-// The section that shows how far each head looks back, and what that costs.
+// The section Spans: how far each head looks back, and the memory this takes.
 
 const ITEM_BYTES = { float32: 4, bfloat16: 2, float16: 2 };
 
 const $ = (id) => document.getElementById(id);
 const number = (value) => value.toLocaleString("en");
 
-/** Draw the answer of /model/spans; /info has the width of a head and the number format. */
-export function showSpans(answer, info) {
-  const { spans, max_span, num_heads } = answer;
-  const headBytes = (2 * info.model.config.width / num_heads) * ITEM_BYTES[info.engine?.dtype]; // of a token: key, value
+/** Draw the reply of /model/spans; `info` has the head size and the number format. */
+export function showSpans(reply, info) {
+  const { spans, max_span, num_heads } = reply;
+  const headBytes = (2 * info.model.config.width / num_heads) * ITEM_BYTES[info.engine?.dtype]; // key and value of one token
   const shortest = Math.min(...spans.flat());
   const heatOf = scale(shortest, max_span);
   const layers = spans.map((heads) => heads.reduce((sum, span) => sum + span, 0) * headBytes);
@@ -31,25 +31,25 @@ export function showSpans(answer, info) {
   legend.firstChild.textContent = `${number(shortest)} tokens`;
   legend.lastChild.textContent = `${number(max_span)} tokens, log scale`;
   legend.hidden = false;
-  showCost(answer, headBytes);
+  showCost(reply, headBytes);
 }
 
-/** What a stream really costs, and what it would if every head kept the longest span. */
+/** Show the memory of a stream, and the memory it would take if every head had the longest span. */
 function showCost({ spans, max_span, num_layers, num_heads, num_persistent, state_bytes_per_row }, headBytes) {
   const full = num_layers * num_heads * max_span * headBytes;
   const pairs = [
-    ["A stream", size(state_bytes_per_row)],
-    ["If all spans were the longest", size(full)],
+    ["One stream", size(state_bytes_per_row)],
+    ["With the maximum span in every head", size(full)],
     ["Longest span", `${number(Math.max(...spans.flat()))} tokens`],
     ["Persistent vectors", `${number(num_persistent)} a head`],
   ];
   $("spans-figures").replaceChildren(...pairs.map(([name, value]) => pair(name, value)));
   $("spans-note").textContent =
-    "The state never grows: a stream of a million tokens costs what one of ten does. Rings are a little longer than " +
-    "spans, so it is more than the sum of keys and values. Persistent vectors are weights, and cost a stream nothing.";
+    "The state never grows: a stream of a million tokens takes the same memory as a stream of ten. Rings are a little " +
+    "longer than spans, so it is more than the sum of keys and values. Persistent vectors are weights and not part of it.";
 }
 
-/** Where a span lies between the shortest and the longest, in logarithms, 0 to 1. */
+/** Returns a function that maps a span to 0 (shortest) to 1 (longest) on a logarithmic scale. */
 function scale(shortest, longest) {
   const range = Math.log(longest / shortest);
   return (span) => (range > 0 ? Math.log(span / shortest) / range : 1);
@@ -57,8 +57,8 @@ function scale(shortest, longest) {
 
 function size(bytes) {
   if (!Number.isFinite(bytes)) return "–";
-  const [unit, one] = bytes >= 2 ** 20 ? ["MiB", 2 ** 20] : ["KiB", 2 ** 10];
-  return `${(bytes / one).toLocaleString("en", { maximumSignificantDigits: 3 })} ${unit}`;
+  const [unit, unitBytes] = bytes >= 2 ** 20 ? ["MiB", 2 ** 20] : ["KiB", 2 ** 10];
+  return `${(bytes / unitBytes).toLocaleString("en", { maximumSignificantDigits: 3 })} ${unit}`;
 }
 
 function row(name, texts) {
@@ -74,9 +74,9 @@ function cellOf(name, text) {
 }
 
 function bar(share) {
-  const one = document.createElement("i");
-  one.style.setProperty("--v", share.toFixed(4));
-  return one;
+  const element = document.createElement("i");
+  element.style.setProperty("--v", share.toFixed(4));
+  return element;
 }
 
 function pair(name, value) {

@@ -1,11 +1,11 @@
-// The section that scores a text: a heat map of its tokens, which arrow keys walk over.
+// The section Surprisal: scores a text and shows a heat map of its tokens, with arrow keys to move between them.
 
 import { Failure, call, events } from "./api.js";
 import { Inspector, NATS_PER_BIT } from "./inspector.js";
 import { Job, bindKeys } from "./job.js";
 
-const MAX_BYTES = 32768; // some 10,000 tokens, each an element of the page
-const FULL_BITS = 12; // what costs more is not shown hotter
+const MAX_BYTES = 32768; // about 10,000 tokens, each an element of the page
+const FULL_BITS = 12; // the surprisal with the hottest colour
 const RETURN = ["tokens", "top", "entropy", "memory_share"];
 const NUM_TOP = 8;
 
@@ -14,7 +14,7 @@ const passage = $("passage");
 const heat = $("heat");
 const numBytes = (text) => new TextEncoder().encode(text).length;
 
-/** Set the section up. Returns measure(text), which puts a text into it and scores it. */
+/** Set up the section. Returns measure(text), which enters a text and scores it. */
 export function setUpSurprisal() {
   const map = new HeatMap();
   const job = new Job({
@@ -79,17 +79,17 @@ function showFigures(reply) {
   $("surprisal-figures").hidden = false;
 }
 
-/** The tokens as elements, one of which is in the order of the Tab key. */
+/** The heat map: one element for each token. The Tab key reaches only one of them. */
 class HeatMap {
   tokens = [];
-  current = null; // the element that has the focus, or had it
+  current = null; // the element that has or last had the focus
 
   constructor() {
     this.inspector = new Inspector();
     heat.addEventListener("pointerover", (event) => this.inspect(event.target));
     heat.addEventListener("pointerleave", () => this.inspect(this.current));
     heat.addEventListener("focusin", (event) => this.choose(event.target));
-    heat.addEventListener("keydown", (event) => this.walk(event));
+    heat.addEventListener("keydown", (event) => this.moveFocus(event));
   }
 
   clear() {
@@ -125,7 +125,7 @@ class HeatMap {
     this.inspect(target);
   }
 
-  walk(event) {
+  moveFocus(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const from = event.target;
     const steps = {
@@ -149,27 +149,27 @@ function element({ text, logprob }, index) {
   span.tabIndex = -1;
   span.role = "option";
   span.ariaSelected = "false";
-  if (!text) span.className = "part"; // of a character that a later token completes
+  if (!text) span.className = "part"; // part of a character that a later token completes
   else if (text.includes("\n")) span.className = "break";
   if (!text.trim()) span.ariaLabel = text ? JSON.stringify(text) : "part of a character";
   if (logprob !== null) span.style.setProperty("--h", Math.min(-logprob / NATS_PER_BIT / FULL_BITS, 1).toFixed(3));
   return span;
 }
 
-/** The nearest token of the line above or below. */
+/** Returns the nearest token on the line above or below. */
 function onNextLine(from, step) {
-  const place = (one) => one.getClientRects()[0] ?? one.getBoundingClientRect();
-  const start = place(from);
-  const isElsewhere = (rect) => Math.abs(rect.top - start.top) > start.height / 2;
+  const rectOf = (token) => token.getClientRects()[0] ?? token.getBoundingClientRect();
+  const start = rectOf(from);
+  const isOnOtherLine = (rect) => Math.abs(rect.top - start.top) > start.height / 2;
   let line = null;
   let best = null;
   let distance = Infinity;
-  for (let one = from[step]; one; one = one[step]) {
-    const rect = place(one);
-    if (!isElsewhere(rect)) continue;
+  for (let token = from[step]; token; token = token[step]) {
+    const rect = rectOf(token);
+    if (!isOnOtherLine(rect)) continue;
     line ??= rect.top;
     if (Math.abs(rect.top - line) > rect.height / 2) break;
-    if (Math.abs(rect.left - start.left) < distance) [best, distance] = [one, Math.abs(rect.left - start.left)];
+    if (Math.abs(rect.left - start.left) < distance) [best, distance] = [token, Math.abs(rect.left - start.left)];
   }
   return best;
 }

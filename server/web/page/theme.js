@@ -1,6 +1,7 @@
-// Light or dark before the first paint, so that nothing flashes: a classic script in the head. The rest is in app.js.
+// Applies the stored theme before the first paint, so that nothing flashes. A classic script in the head; app.js changes
+// the theme.
 "use strict";
 try {
   const theme = localStorage.getItem("allattn.theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
-} catch { /* storage is refused: the system's theme it is */ }
+} catch { /* no storage: the page follows the system's theme */ }
