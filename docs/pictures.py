@@ -6,6 +6,7 @@ a light and a dark page, and loads nothing from elsewhere. Sizes: H heads, D hea
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,15 +241,16 @@ def _count(count: int) -> str:
     return f"{count // 1000**power} {('', 'k', 'M')[power]}".strip()
 
 
-def main() -> None:
-    """Write both pictures."""
-    parser = argparse.ArgumentParser(description="Draw the pictures of docs/ that show a model.")
-    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="the model to draw")
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder of the pictures")
-    arguments = parser.parse_args()
+def main(argv: Sequence[str]) -> int:
+    """Write both pictures; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m docs.pictures", description="Draw the model that ships.")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="the model to draw; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder of the pictures; default: docs/")
+    arguments = parser.parse_args(argv)
     for name, text in pictures(arguments.bundle).items():
         (arguments.out / name).write_text(text, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
