@@ -88,7 +88,7 @@ def reaches_of(bundle: Bundle) -> Reaches:
 
 
 def gpt_like(bundle: Bundle) -> Gpt:
-    """A GPT with about as many parameters as the bundle's model; a test compares it with benchmarks/training.py."""
+    """A GPT with about as many parameters as the bundle's model; a test compares it with the benchmark's."""
     config = bundle.config
     width, block = config.width, 12 * config.width**2  # of one layer: attention 4 E^2, feed-forward 8 E^2
     outside = (2 * config.vocab_size + config.max_span) * width  # token tables in and out, table of positions

@@ -61,9 +61,7 @@ PROOFS: dict[str, Proof] = {  # pattern of a whole line: its proof
     r"\S+/python -m docs\.pictures": Proof("run"),
     r"make docs": Proof("run"),
     r"\S+/allattn bench decode .*": Proof("run", more="--repeats 1", says=r'"tokens_per_s"'),
-    r"\S+/allattn bench load .*": Proof(
-        "run", more="--seconds 1 --repeats 1 --concurrency 1", says=r'"share_of_engine"'
-    ),
+    r"\S+/allattn bench load .*": Proof("run", more="--seconds 1 --repeats 1 --concurrency 1", says="share_of_engine"),
     r"\S+/allattn bench stall .*": Proof("run", more="--seconds 1 --rounds 1", says=r'"benchmark": "stall"'),
     r"\S+/allattn bench training": Proof(
         "run", more="--config configs/quickstart.toml --dtype float32 --spans 0.2", says=r'"ours_over_gpt"'
@@ -77,20 +75,24 @@ PROOFS: dict[str, Proof] = {  # pattern of a whole line: its proof
     r"openssl .*|chmod .*": Proof("run"),
     r"docker .*|make docker-check": Proof("by hand", why="needs docker, podman or buildah"),
     r"kubectl .*": Proof("by hand", why="needs a cluster; tests/deploy checks the manifests"),
-    r"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=.*": Proof(
-        "by hand", why="needs the extra ray; `make test-ray` tests it"
-    ),
+    r"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=.*": Proof("by hand", why="needs the extra ray; see `make test-ray`"),
 }
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The blocks of code of a page in a language, as they stand."""
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    """The blocks of code in a language, as they stand."""
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands(page: Path) -> list[str]:
-    """The commands of a page, in their order."""
-    return [line for block in blocks(page, "sh") for line in block.splitlines() if line]
+def commands_in(text: str) -> list[str]:
+    """The commands of a text, in their order."""
+    return [line for block in blocks(text, "sh") for line in block.splitlines() if line]
+
+
+def commands(page: Path, *how: How) -> list[str]:
+    """The commands of a page, in their order: all, or those that are proven in one of some ways."""
+    lines = commands_in(page.read_text(encoding="utf-8"))
+    return [line for line in lines if not how or any(PROOFS[pattern].how in how for pattern in patterns_of(line))]
 
 
 def patterns_of(line: str) -> list[str]:
@@ -105,7 +107,7 @@ def proof_of(line: str) -> Proof:
 
 
 def make_sandbox(folder: Path, page: Path) -> None:
-    """A folder in which the commands of a page can run: the code, the bundle that ships, and what the page speaks of."""
+    """A folder in which the commands of a page can run: code, bundles and files that it names."""
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs", folder / "docs")
@@ -114,7 +116,7 @@ def make_sandbox(folder: Path, page: Path) -> None:
     if page.name == "operations.md":
         (folder / "bundles" / "mine").symlink_to(ROOT / "bundles" / "default")
     if page.name == "export.md":
-        [snippet] = blocks(page, "python")
+        [snippet] = blocks(page.read_text(), "python")
         (folder / "generate.py").write_text(snippet)
     (folder / "book.txt").write_text(SHAKESPEARE.read_text()[:60_000])
     (folder / "train.txt").write_text("a _ c _ a b")

@@ -7,18 +7,26 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.docs.commands import PAGES, PROOFS, ROOT, blocks, commands, make_sandbox, patterns_of, proof_of, run, serve
+from tests.docs.commands import (
+    PAGES,
+    PROOFS,
+    ROOT,
+    blocks,
+    commands,
+    commands_in,
+    make_sandbox,
+    patterns_of,
+    proof_of,
+    run,
+    serve,
+)
 from tests.support.artefacts import SHIPPED
 from tests.support.live_server import live_server
 
 LINES = [line for page in PAGES for line in commands(page)]
-ASKED = list(dict.fromkeys(line for line in LINES if patterns_of(line) and proof_of(line).how == "ask"))
-CLIENTS = blocks(ROOT / "docs" / "clients.md", "python")
-TO_RUN = [
-    page
-    for page in PAGES
-    if any(patterns_of(line) and proof_of(line).how in ("run", "serve") for line in commands(page))
-]
+ASKED = list(dict.fromkeys(line for page in PAGES for line in commands(page, "ask") if not line.startswith("curl")))
+CLIENTS = blocks((ROOT / "docs" / "clients.md").read_text(), "python")
+TO_RUN = [page for page in PAGES if commands(page, "run", "serve")]
 URL = "http://127.0.0.1:8000"
 
 
@@ -55,10 +63,7 @@ def test_make_bench_runs_what_the_lines_above_it_run():
 def test_a_page_says_which_commands_no_test_runs(page):
     """Docker, Kubernetes and Ray are not where the tests run: the section of such a command speaks of tests."""
     for section in re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE):
-        lines = [
-            line for block in re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL) for line in block.splitlines()
-        ]
-        if any(line and proof_of(line).how == "by hand" for line in lines):
+        if any(proof_of(line).how == "by hand" for line in commands_in(section)):
             assert re.search(r"\btests?\b", section), section
 
 
@@ -66,12 +71,11 @@ def test_a_page_says_which_commands_no_test_runs(page):
 @pytest.mark.parametrize("page", TO_RUN, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run_from_top_to_bottom(page, tmp_path):
     make_sandbox(tmp_path, page)
-    for line in commands(page):
-        match proof_of(line).how:
-            case "run":
-                run(line, tmp_path)
-            case "serve":
-                serve(line, tmp_path)
+    for line in commands(page, "run", "serve"):
+        if proof_of(line).how == "serve":
+            serve(line, tmp_path)
+        else:
+            run(line, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def url() -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in ASKED if not line.startswith("curl")])
+@pytest.mark.parametrize("line", ASKED)
 def test_a_command_that_asks_a_server_is_answered(line, url, tmp_path):
     make_sandbox(tmp_path, ROOT / "docs" / "clients.md")
     assert run(line.replace(URL, url), tmp_path)

@@ -82,7 +82,7 @@ def test_each_curl_line_is_answered(port, line, tmp_path):
 def test_the_answer_in_the_readme_is_the_real_one(port):
     """In float32 the logits of the backends are so near each other that they give the same text."""
     [line] = [line for line in commands(README) if line.startswith("curl ")]
-    [shown] = blocks(README, "json")
+    [shown] = blocks(README.read_text(), "json")
     command = shlex.split(line.replace(":8000", f":{port}"))
     said = subprocess.run([*command, "-sS", "--fail"], capture_output=True, text=True, check=True).stdout
     assert said == shown.strip()
