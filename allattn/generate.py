@@ -20,10 +20,10 @@ from allattn.generate_flags import Asked, FlagError, in_flags, read_flags
 from model.bundle import BundleError
 from server.config import ConfigError, Settings
 from server.dialects.generate.schema import GenerateRequest, Parameters
+from server.dialects.sampling import plan_generations
 from server.engine.engine import Engine
 from server.errors import InternalError, InvalidField, ServerError
 from server.requests.output_text import OutputText
-from server.requests.plan import make_plans
 from server.requests.prompts import read_prompts
 from server.served_model import open_model
 
@@ -113,8 +113,10 @@ def generate_here(request: GenerateRequest, settings: Settings) -> Iterator[Piec
     """
     bundle, settings = open_model(settings)
     tokenizer = bundle.tokenizer
-    prompts = read_prompts(request.inputs, tokenizer=tokenizer)
-    [plan] = make_plans(request.parameters, prompts=prompts, tokenizer=tokenizer, timeout_s=None)
+    prompts = read_prompts(request.inputs, field="inputs", tokenizer=tokenizer)
+    [plan] = plan_generations(
+        request.parameters, prompts=prompts, tokenizer=tokenizer, timeout_s=None, prompt_extras=None
+    )
     engine = _load_engine(settings)
     text = OutputText(tokenizer, stops=plan.stops, num_free=plan.sampling.min_new_tokens)
     engine.submit(plan.message(lambda: "terminal"))

@@ -12,24 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.config import Settings, load_settings
-from server.dialects.generate.schema import GenerateRequest, Parameters
+from server.dialects.generate.schema import ONE_TEXT_FIELDS, GenerateRequest, Parameters
 from server.errors import InvalidField
 from server.web.body import parse
 
-NUMBERS = (  # fields of Parameters
-    "max_new_tokens",
-    "min_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "seed",
-)
-SWITCHES = ("do_sample", "ignore_eos")
+
+def _flagged(*types: object) -> tuple[str, ...]:
+    """Names of the parameters of these types."""
+    return tuple(name for name in ONE_TEXT_FIELDS if Parameters.model_fields[name].annotation in types)
+
+
+NUMBERS = _flagged(int, float, int | None, float | None)
+SWITCHES = _flagged(bool, bool | None)
 HERE = ("bundle", "dtype", "device", "provider", "num_threads")  # settings of a model in this process
 KEY_FILE = "api_key_file"  # the one setting of those who ask a server
 METAVARS = {"bundle": "DIR", "num_threads": "N", KEY_FILE: "FILE"}

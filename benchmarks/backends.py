@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.load import PAPER, write_paper_bundle
+from benchmarks.paper import PAPER, write_paper_bundle
 
 ROOT = Path(__file__).parents[1]
 FORMATS = ("torchscript", "onnx", "onnx-int8", "onnx-int4", "onnx-fp16", "pt2")

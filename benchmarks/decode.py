@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.load import PAPER, write_paper_bundle
+from benchmarks.paper import PAPER, write_paper_bundle
 from model.artefact import is_artefact, open_artefact
 from model.bundle import open_bundle
 from model.config import ModelConfig
 from model.frozen.served import score_document
+from model.sampling.params import SamplingParams
 from model.scoring import Score
 from model.tokenizer import Tokenizer
 from server.engine.runner import DTYPES, ModelRunner
 from server.engine.sequence import Chunk, Draw
-from server.protocol.messages import Sampling
 
 PROMPT = 64
 STEPS = 32  # of one repetition
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 BYTES_OF_WEIGHTS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}  # with scales
 
 

@@ -4,10 +4,9 @@
 
 Closed loop: so many clients, each of which asks again as soon as it is answered. Open loop (--rate): requests come at
 random moments, so many a second, however the server fares. Prompts are stretches of real text, sent as token ids; every
-output has the asked length, but the first one of each client is shorter, so that they do not march in step.
-
-A figure is taken over a window that opens once all rows are busy. The engine alone (in a process of its own) and the
-server take turns, --repeats times, and medians count. The last line is JSON.
+output has the asked length, but the first one of each client is shorter, so that they do not march in step. A figure is
+of a window that opens once all rows are busy. The engine alone (in a process of its own) and the server take turns,
+--repeats times, and medians count. The last line is JSON.
 """
 
 import argparse
@@ -23,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,11 +34,9 @@ from tqdm import tqdm
 
 from benchmarks import client
 from benchmarks.client import Address, Connection, Costs, Reply, ServerProcess, ask, encode_request
-from model.bundle import open_bundle, save_bundle
-from model.config import ModelConfig
-from model.tokenizer import BytesTokenizer
+from benchmarks.paper import PAPER, write_paper_bundle
+from model.bundle import open_bundle
 
-PAPER = "paper"
 SHAKESPEARE = client.ROOT / "training/corpora/shakespeare.txt"
 GOALS = {"share_of_engine": 0.85, "api_us_per_token": 30}  # at concurrency 32
 NUM_PROMPTS = 512
@@ -59,23 +57,6 @@ def real_prompts(bundle: Path, *, text: Path, num_tokens: int, seed: int = 0) ->
     starts = rng.integers(0, max(1, len(data) - size), NUM_PROMPTS).tolist()
     windows = [data[start : start + size].decode(errors="ignore") for start in starts]
     return [ids[1 : num_tokens + 1] for ids in open_bundle(bundle).tokenizer.encode_batch(windows)]
-
-
-def write_paper_bundle(path: Path) -> Path:
-    """The paper's 18 layers of 39 M parameters, random; spans spread as trained ones are, most short and some long."""
-    config = ModelConfig(vocab_size=256, num_layers=18, width=512, num_heads=8, num_persistent=1024, max_span=224)
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for name, shape in config.tensor_shapes().items():
-        tensors[name] = rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
-        if name.endswith(".span"):
-            tensors[name] = np.array([0.0, 0.0, 0.0, 0.1, 0.1, 0.3, 0.6, 1.0], np.float32)
-        elif "norm." in name:
-            tensors[name] = np.full(shape, float(name.endswith("weight")), np.float32)
-    save_bundle(
-        path, config=config, tokenizer=BytesTokenizer(), tensors=tensors, card="# Random weights\n", training={}
-    )
-    return path
 
 
 def encode_generate(prompt: Sequence[int], *, num_tokens: int) -> bytes:
@@ -267,20 +248,21 @@ def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[st
     runner = ModelRunner.load(settings.bundle, **settings.model_dump(include=RUNNER_SETTINGS))
     runner.warm_up(settings.chunk_tokens)
     engine = Engine(runner, **settings.model_dump(include=ENGINE_SETTINGS))
-    rows = settings.num_rows
-    return {str(size): engine_level(engine, prompts, size, num_rows=rows, args=args) for size in args.concurrency}
+    level = partial(engine_level, engine, prompts, num_rows=settings.num_rows, args=args)
+    return {str(size): level(size) for size in args.concurrency}
 
 
 def engine_level(engine: Any, prompts: list[list[int]], size: int, *, num_rows: int, args: argparse.Namespace) -> float:
     """Tokens per second of so many sequences at once, each followed by another."""
-    from server.protocol.messages import Generate, Sampling
+    from model.sampling.params import SamplingParams
+    from server.protocol.messages import Generate
 
     lengths, names = lengths_of(args.output_tokens, num_short=size), iter(range(sys.maxsize))
 
     def submit() -> None:
         number = next(names)
         tokens = np.array(prompts[number % len(prompts)], "<i4").tobytes()
-        engine.submit(Generate(f"{size}-{number}", tokens, Sampling(seed=0), next(lengths)))
+        engine.submit(Generate(f"{size}-{number}", tokens, SamplingParams(seed=0), next(lengths)))
 
     for _ in range(size):
         submit()

@@ -23,18 +23,8 @@ import uvloop
 from tqdm import tqdm
 
 from benchmarks.client import Address, Reply, ServerProcess, ask, encode_request, machine
-from benchmarks.load import (
-    PAPER,
-    SHAKESPEARE,
-    Crowd,
-    encode_generate,
-    figures,
-    flags_of,
-    lengths_of,
-    real_prompts,
-    spread,
-    write_paper_bundle,
-)
+from benchmarks.load import SHAKESPEARE, Crowd, encode_generate, figures, flags_of, lengths_of, real_prompts, spread
+from benchmarks.paper import PAPER, write_paper_bundle
 
 NUM_STREAMS = 16
 DOCUMENT_BYTES = 500_000

@@ -32,7 +32,11 @@ class Score:
     @classmethod
     def of(cls, tokenizer: TokenBytes, tokens: Iterable[int], logprobs: Sequence[float]) -> Self:
         """Sum up scored tokens (those with a log-probability, and only those) and count what they stand for."""
-        text = b"".join(map(tokenizer.token_bytes, tokens))
+        return cls.of_text(b"".join(map(tokenizer.token_bytes, tokens)), logprobs)
+
+    @classmethod
+    def of_text(cls, text: bytes, logprobs: Sequence[float]) -> Self:
+        """Sum up the log-probabilities of the scored tokens and count the bytes that the tokens stand for."""
         return cls(
             logprob=math.fsum(logprobs),
             num_tokens=len(logprobs),
@@ -91,7 +95,7 @@ class Tally:
     def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
         """Count the next tokens, with a log-probability each."""
         text = b"".join(map(self._tokenizer.token_bytes, tokens))
-        new, before = Score.of(self._tokenizer, tokens, logprobs), self._sum
+        new, before = Score.of_text(text, logprobs), self._sum
         parts = [before.logprob, self._rest, *logprobs]
         total = math.fsum(parts)
         self._rest = math.fsum([*parts, -total]) if math.isfinite(total) else 0.0

@@ -1,9 +1,10 @@
-"""The application: routers, middleware, keys, errors as bodies. Starts and stops nothing."""
+"""The application: endpoints, middleware, keys, errors as bodies. Starts and stops nothing."""
 
 import logging
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -11,25 +12,11 @@ from starlette.types import Receive, Scope, Send
 from model.bundle import Bundle
 from server.config import Settings
 from server.config.keys import others_can_read
-from server.dialects.cancel import CancelReply, requests_router
-from server.dialects.generate.replies import GenerateEvent, GenerateReply
-from server.dialects.generate.routes import generate_router
-from server.dialects.generate.schema import GenerateRequest
-from server.dialects.openai.models import models_router
-from server.dialects.openai.replies import Completion, Model, ModelList
-from server.dialects.openai.routes import completions_router
-from server.dialects.openai.schema import CompletionRequest
-from server.dialects.score.replies import ScoreEvent, ScoreReply
-from server.dialects.score.routes import score_router
-from server.dialects.score.schema import ScoreRequest
-from server.dialects.tokenizer import (
-    DetokenizeReply,
-    DetokenizeRequest,
-    TokenizeReply,
-    TokenizeRequest,
-    TokenizerInfo,
-    tokenizer_router,
-)
+from server.dialects import cancel, tokenizer
+from server.dialects.generate import routes as generate
+from server.dialects.openai import models
+from server.dialects.openai import routes as openai
+from server.dialects.score import routes as score
 from server.errors import (
     MalformedRequest,
     MethodNotAllowed,
@@ -41,25 +28,27 @@ from server.errors import (
     retry_headers,
     shorten,
 )
-from server.operation.health import HealthReply, health_router
+from server.operation import health
 from server.operation.tracing import Tracing
 from server.requests.metrics import Metrics
 from server.requests.service import Link, Service
 from server.runtime import package_version
-from server.web import openapi
+from server.web import openapi, playground
 from server.web.auth import OPEN_PATHS, Answer, BearerAuth
+from server.web.endpoint import register
 from server.web.event_stream import FIRST_SEND
-from server.web.playground import playground_router
+from server.web.exchange import exchange_of
 from server.web.request_log import CLIENT_GONE, RequestLog
 
-REQUESTS = (GenerateRequest, ScoreRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-REPLIES = (
-    *(GenerateReply, GenerateEvent, ScoreReply, ScoreEvent, CancelReply, HealthReply),
-    *(Completion, ModelList, Model, TokenizeReply, DetokenizeReply, TokenizerInfo),
-)
-ROUTERS = (
-    *(generate_router, score_router, completions_router, models_router, tokenizer_router),
-    *(requests_router, health_router, playground_router),
+ENDPOINTS = (
+    *generate.ENDPOINTS,
+    *score.ENDPOINTS,
+    *openai.ENDPOINTS,
+    *models.ENDPOINTS,
+    *tokenizer.ENDPOINTS,
+    *cancel.ENDPOINTS,
+    *health.ENDPOINTS,
+    *playground.ENDPOINTS,
 )
 
 log = logging.getLogger(__name__)
@@ -77,17 +66,21 @@ def create_app(*, settings: Settings, bundle: Bundle, link: Link, tracing: Traci
         telemetry={"tracing": False, "metrics": False, "logs": False},  # would quote exceptions; see request_spans
     )
     service = Service(settings, bundle=bundle, link=link)
-    for router in ROUTERS:
-        app.include_router(router(service))
-    openapi.install(app, requests=REQUESTS, replies=REPLIES)
+    register(app, ENDPOINTS, service=service)
     answer = _answers(service.metrics)
     _install_keys(app, settings=settings, answer=answer)
-    service.metrics.instrument(app)
+    _install_metrics(app, service.metrics)
     app.add_middleware(RequestLog, answer=answer)
     _install_errors(app, answer=answer)
     if tracing is not None:
         tracing.install(app, model=service.model_name)
     return app
+
+
+def _install_metrics(app: FastAPI, metrics: Metrics) -> None:
+    """Count the HTTP requests beside what the engine does, and answer GET /metrics."""
+    instrumentator = Instrumentator(should_group_status_codes=False, registry=metrics.registry)
+    instrumentator.instrument(app).expose(app, tags=["others"])
 
 
 class Application(FastAPI):
@@ -116,7 +109,7 @@ def _answers(metrics: Metrics) -> Answer:
     def answer(request: Request, error: ServerError) -> Response:
         if isinstance(error, RequestError | Overloaded):  # all others were admitted, and are counted by their ending
             metrics.count_rejected(error.code)
-        request_id = request.state.request_id
+        request_id = exchange_of(request.scope).request_id
         body = msgspec.json.encode(error_reply(error, request_id=request_id))
         headers = retry_headers(error)
         if error.status == 413:

@@ -108,11 +108,12 @@ def _request(name: str, operation: Schema, document: Schema) -> Iterator[str]:
         if title:
             yield from ("", f"Fields of `{title}`: " + schema.get("description", "").replace("\n\n", " "))
         yield from ("", "| field | value | default | |", "|---|---|---|---|")
-        for field, inner in schema["properties"].items():
+        required = schema.get("required", ())
+        for field, inner in sorted(schema["properties"].items(), key=lambda entry: entry[0] not in required):
             resolved = _resolved(inner, document)
             if "properties" in resolved:
                 todo.append((field, resolved))
-            is_required = field in schema.get("required", ())
+            is_required = field in required
             default = "" if is_required or "properties" in resolved else f"`{json.dumps(inner.get('default'))}`"
             about = [*(["required"] if is_required else []), *filter(None, [inner.get("description")])]
             yield f"| `{field}` | {_values(resolved)} | {default} | {'; '.join(about).replace('|', chr(92) + '|')} |"

@@ -16,13 +16,14 @@ from model.bundle import Bundle
 from model.frozen.baked import bake
 from model.frozen.served import ServedLM, score_document
 from model.network.network import AllAttentionLM
+from model.sampling.params import SamplingParams
 from model.scoring import Score
 from server.app import create_app
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.runner import ModelRunner
 from server.link.supervisor import EngineLink
-from server.protocol.messages import Generate, Sampling
+from server.protocol.messages import Generate
 from server.protocol.messages import Score as ScoreRequest
 from server.served_model import open_model
 from tests import oracle
@@ -192,7 +193,7 @@ def test_engine_generates_the_training_forward_s_greedy_tokens(network, model, t
 
     engine = Engine(ModelRunner(model, num_rows=3), chunk_tokens=16, budget_tokens=32)
     prompts = {str(n): text[:n].tolist() for n in (1, 7, 40, 100, 200)}
-    greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+    greedy = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
     for name, prompt in prompts.items():
         engine.submit(Generate(name, np.array(prompt, "<i4").tobytes(), greedy, 12))
     found: dict[str, list[int]] = {name: [] for name in prompts}

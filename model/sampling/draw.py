@@ -7,61 +7,22 @@ its order of summation with the size of the batch.
 Sizes: B lines of a batch, b of them drawn at random, V vocabulary, n best tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.sampling.filters import Filter, exact_sum, keep_min_p, keep_top_k, keep_top_p, keep_typical, pick, to_weights
-from model.sampling.penalties import History, Penalties, PenaltiesLike
+from model.sampling.filters import FILTERS, Filter, exact_sum, pick, to_weights
+from model.sampling.params import SamplingParams
+from model.sampling.penalties import History, Penalties
 
 COLDEST = 1e-20  # of the temperatures above 0: a colder one would change no draw, but overflow
 # A line of scores over 267,735 words is 1 MB, and some steps keep many copies: they take as many lines as fit at once.
 SCRATCH_BYTES = {"cpu": 2**26, "cuda": 2**30}
 BYTES_TO_SCORE = 24  # for each score of a line: logits, log-probabilities and what `_best` or `_entropy` keeps
 BYTES_TO_DRAW = 96  # fixed-point weights, their copies in order, and the double precision of typical_p
-
-
-class SamplingLike(PenaltiesLike, Protocol):
-    """How to draw the tokens of one sequence, as `server.protocol.messages.Sampling` says it."""
-
-    @property
-    def temperature(self) -> float:
-        """0 = greedy."""
-        ...
-
-    @property
-    def top_k(self) -> int:
-        """0 = off."""
-        ...
-
-    @property
-    def top_p(self) -> float:
-        """1 = off."""
-        ...
-
-    @property
-    def min_p(self) -> float:
-        """0 = off."""
-        ...
-
-    @property
-    def typical_p(self) -> float:
-        """1 = off."""
-        ...
-
-    @property
-    def num_top(self) -> int:
-        """How many of the most probable tokens to tell."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """u64."""
-        ...
 
 
 class Drawn(NamedTuple):
@@ -86,7 +47,7 @@ class Scored(NamedTuple):
 class RandomLines:
     """Lines of a batch that are drawn at random, together."""
 
-    def __init__(self, samplings: Sequence[SamplingLike], lines: Sequence[int], device: torch.device | str) -> None:
+    def __init__(self, samplings: Sequence[SamplingParams], lines: Sequence[int], device: torch.device | str) -> None:
         own = [samplings[line] for line in lines]
         self.places = list(lines)
         self.lines = torch.tensor(self.places, dtype=torch.int64, device=device)  # [b]
@@ -107,7 +68,7 @@ class RandomLines:
 class Draws:
     """How the lines of a batch are drawn. Prepared once per batch composition, used for many steps."""
 
-    def __init__(self, samplings: Sequence[SamplingLike], *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, samplings: Sequence[SamplingParams], *, device: torch.device | str = "cpu") -> None:
         self.penalties = Penalties(samplings, device=device)
         self.num_top = max((one.num_top for one in samplings), default=0)
         self._samplings, self._device = list(samplings), device
@@ -211,24 +172,17 @@ def _splitmix(state: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def _filters(samplings: Sequence[SamplingLike], device: torch.device | str) -> list[Filter]:
-    """The filters that are used, in the order of their application."""
-    lines = list(enumerate(samplings))
-    top_k = {line: one.top_k for line, one in lines if one.top_k}
-    top_p = {line: one.top_p for line, one in lines if one.top_p < 1}
-    typical_p = {line: one.typical_p for line, one in lines if one.typical_p < 1}
-    min_p = {line: one.min_p for line, one in lines if one.min_p}
-    kinds: list[tuple[Callable[[Tensor, Tensor], Tensor], Mapping[int, float], torch.dtype]] = [
-        (partial(keep_top_k, largest=max(top_k.values(), default=0)), top_k, torch.int64),
-        (keep_top_p, top_p, torch.float64),
-        (keep_typical, typical_p, torch.float64),
-        (keep_min_p, min_p, torch.float64),
-    ]
-    return [
-        Filter(keep, torch.tensor(list(used), device=device), _column(list(used.values()), dtype, device))
-        for keep, used, dtype in kinds
-        if used
-    ]
+def _filters(samplings: Sequence[SamplingParams], device: torch.device | str) -> list[Filter]:
+    """The filters that some line uses, in the order of their application."""
+    filters = []
+    for kind in FILTERS:
+        off = getattr(SamplingParams, kind.parameter)
+        used = {line: value for line, one in enumerate(samplings) if (value := getattr(one, kind.parameter)) != off}
+        if used:
+            values = list(used.values())
+            lines, column = torch.tensor(list(used), device=device), _column(values, kind.dtype, device)
+            filters.append(Filter(kind.keep(values), lines, column))
+    return filters
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -8,7 +8,8 @@ stays, stay too.
 Sizes: b lines that use a filter, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,21 @@ ONE = 2.0**60  # the weight of probability 1: sums stay below 2^63, and every fp
 FINE = 2.0**48  # a nat in `exact_sum`: room for 2^15 of them
 
 
+Keep = Callable[[Tensor, Tensor], Tensor]  # weights [b, V], parameter [b, 1] -> which tokens stay [b, V]
+
+
+class FilterKind(NamedTuple):
+    """A filter, and the parameter of `SamplingParams` that asks for it."""
+
+    parameter: str
+    keep: Callable[[Sequence[float]], Keep]  # from the values of the lines that use the filter
+    dtype: torch.dtype  # of the parameter
+
+
 class Filter(NamedTuple):
     """One kind of filter on the lines that use it."""
 
-    keep: Callable[[Tensor, Tensor], Tensor]  # weights [b, V], parameter [b, 1] -> who stays [b, V]
+    keep: Keep
     lines: Tensor  # [b] int64
     parameter: Tensor  # [b, 1]
 
@@ -86,3 +98,11 @@ def _last_needed(ordered: Tensor, share: Tensor) -> Tensor:
     before = (cumulative - ordered).double()
     needed = (before < share * cumulative[:, -1:].double()).sum(-1, keepdim=True)
     return (needed - 1).clamp(min=0)
+
+
+FILTERS = (  # in the order of their application
+    FilterKind("top_k", lambda values: partial(keep_top_k, largest=int(max(values))), torch.int64),
+    FilterKind("top_p", lambda _: keep_top_p, torch.float64),
+    FilterKind("typical_p", lambda _: keep_typical, torch.float64),
+    FilterKind("min_p", lambda _: keep_min_p, torch.float64),
+)

@@ -8,45 +8,12 @@ Sizes: R rows of the server's state, B lines of a batch, b lines of them that ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class PenaltiesLike(Protocol):
-    """What a way of sampling says about the logits."""
-
-    @property
-    def repetition_penalty(self) -> float:
-        """1 = off; over tokens of the prompt and the output."""
-        ...
-
-    @property
-    def frequency_penalty(self) -> float:
-        """0 = off; for each time that the output has the token."""
-        ...
-
-    @property
-    def presence_penalty(self) -> float:
-        """0 = off; if the output has the token."""
-        ...
-
-    @property
-    def logit_bias(self) -> tuple[tuple[int, float], ...]:
-        """Tokens and what is added to their logits."""
-        ...
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Tokens that are banned before `min_new_tokens` are there."""
-        ...
-
-    @property
-    def min_new_tokens(self) -> int:
-        """0 = off."""
-        ...
+from model.sampling.params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -108,9 +75,9 @@ class History:
 class Penalties:
     """The adjustments of a batch, prepared once per batch composition; what no line asks for costs nothing."""
 
-    def __init__(self, samplings: Sequence[PenaltiesLike], *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, samplings: Sequence[SamplingParams], *, device: torch.device | str = "cpu") -> None:
         self._device = device
-        self._penalised = [line for line, one in enumerate(samplings) if _is_penalised(one)]
+        self._penalised = [line for line, one in enumerate(samplings) if one.is_penalised]
         self._lines = torch.tensor(self._penalised, dtype=torch.int64, device=device)  # [b]
         penalties = [
             (one.repetition_penalty, one.frequency_penalty, one.presence_penalty)
@@ -173,7 +140,3 @@ class Penalties:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
-
-
-def _is_penalised(one: PenaltiesLike) -> bool:
-    return one.repetition_penalty != 1 or one.frequency_penalty != 0 or one.presence_penalty != 0

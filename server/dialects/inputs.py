@@ -1,16 +1,12 @@
-"""The fields that several dialects share, as pydantic types: inputs, ids, request names. Knows no model."""
+"""The types of fields that several dialects share: inputs, token ids, prefixes. Knows no model."""
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag
 
-from server.web.request_log import REQUEST_ID
-
-MAX_TIMEOUT_S = 86400
+MAX_TOP = 20  # most probable tokens to tell beside each one
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TimeoutS = Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)]
 
 
 def _form_of_inputs(value: Any) -> str | None:
@@ -40,17 +36,4 @@ Prefix = Annotated[
         custom_error_type="prefix",
         custom_error_message="it should be a text or a token id",
     ),
-]
-
-
-def _check_request_id(value: str) -> str:
-    if not REQUEST_ID.fullmatch(value):
-        raise PydanticCustomError("request_id", "it should be 1 to 128 printable ASCII characters, no spaces")
-    return value
-
-
-RequestId = Annotated[
-    str,
-    AfterValidator(_check_request_id),
-    Field(json_schema_extra={"minLength": 1, "maxLength": 128, "pattern": f"^{REQUEST_ID.pattern}$"}),
 ]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from model.tokenizer import Tokenizer
-from server.dialects.openai.logprobs import token_name
+from server.requests.token_list import token_name
 
 NEW_LINE = "\n"
 END_OF_TEXT = "\x03"  # ASCII's; in no text, so that who stops at it cuts nothing off

@@ -1,23 +1,20 @@
 """GET /tokenizer_info, POST /tokenize and POST /detokenize, in the shapes that vLLM and lm_eval know."""
 
-from typing import Any
-
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from msgspec import Struct
 from pydantic import Field
 
 from model.tokenizer import Tokenizer, encode_corpus
 from server.dialects.inputs import TokenId
-from server.dialects.openai.logprobs import token_name
-from server.dialects.openai.models import check_model
 from server.dialects.special_tokens import SpecialTokens
 from server.errors import BodyTooLarge, InternalError, InvalidField, MalformedRequest, ModelNotFound
 from server.protocol.json import encode
 from server.requests.offload import beside_the_loop
 from server.requests.prompts import read_ids
 from server.requests.service import Service
-from server.web import openapi
+from server.requests.token_list import token_name
 from server.web.body import RequestBody, parse, read_body
+from server.web.endpoint import Endpoint, Handler
 
 
 class TokenizeRequest(RequestBody):
@@ -65,51 +62,31 @@ class TokenizerInfo(Struct, frozen=True):
     special_tokens_are_stand_ins: bool  # the model ends no text with eos_token, it only has an id
 
 
-_INFO = TokenizerInfo("bpe", 4096, "\n", 198, "\x03", 191, "\x03", 191, special_tokens_are_stand_ins=True)
-_ERRORS = openapi.errors(
-    MalformedRequest("the body is not JSON: expected value at line 1 column 1"),
-    ModelNotFound.of("gpt", name="default"),
-    BodyTooLarge("the body is larger than 33554432 bytes"),
-    InvalidField.of("tokens.1", value=4096, allowed="token ids are 0 to 4095"),
-    InternalError("an unexpected error; the server's log has it under the request id"),
-)
-_TOKENIZE_DOCS: dict[str, Any] = {
-    "openapi_extra": openapi.body(
-        TokenizeRequest, examples={"a text": {"prompt": "It was", "return_token_strs": True}}
-    ),
-    "responses": {
-        200: openapi.ok(TokenizeReply, example=TokenizeReply(2, 8388608, [40, 373], ["It", " was"])),
-        **_ERRORS,
-    },
-}
-_DETOKENIZE_DOCS: dict[str, Any] = {
-    "openapi_extra": openapi.body(DetokenizeRequest, examples={"ids": {"tokens": [40, 373]}}),
-    "responses": {200: openapi.ok(DetokenizeReply, example=DetokenizeReply("It was")), **_ERRORS},
-}
+def _tokenizer_info(service: Service) -> Handler:
+    answer = encode(_info(service.tokenizer, SpecialTokens.of(service.tokenizer)))
 
-
-def tokenizer_router(service: Service) -> APIRouter:
-    """The endpoints that need the tokenizer only, and so answer while there is no engine."""
-    router = APIRouter(tags=["tokenizer"])
-    tokenizer, special = service.tokenizer, SpecialTokens.of(service.tokenizer)
-
-    @router.get(
-        "/tokenizer_info", summary="Kind and special tokens", responses={200: openapi.ok(TokenizerInfo, example=_INFO)}
-    )
     async def info() -> Response:
-        return Response(encode(_info(tokenizer, special)), media_type="application/json")
+        return Response(answer, media_type="application/json")
 
-    @router.post("/tokenize", summary="The token ids of a text", **_TOKENIZE_DOCS)
+    return info
+
+
+def _tokenize_handler(service: Service) -> Handler:
+    special = SpecialTokens.of(service.tokenizer)
+
     async def tokenize(request: Request) -> Response:
         raw = await read_body(request, max_bytes=service.settings.max_body_bytes)
         return await beside_the_loop(lambda: _tokenize(raw, service=service, special=special), size=len(raw))
 
-    @router.post("/detokenize", summary="The text of token ids", **_DETOKENIZE_DOCS)
+    return tokenize
+
+
+def _detokenize_handler(service: Service) -> Handler:
     async def detokenize(request: Request) -> Response:
         raw = await read_body(request, max_bytes=service.settings.max_body_bytes)
         return await beside_the_loop(lambda: _detokenize(raw, service=service), size=len(raw))
 
-    return router
+    return detokenize
 
 
 def _info(tokenizer: Tokenizer, special: SpecialTokens) -> TokenizerInfo:
@@ -129,7 +106,7 @@ def _info(tokenizer: Tokenizer, special: SpecialTokens) -> TokenizerInfo:
 
 def _tokenize(raw: bytes, *, service: Service, special: SpecialTokens) -> Response:
     body = parse(raw, model=TokenizeRequest)
-    check_model(body.model, service=service)
+    service.check_model(body.model)
     ids = special.encode(body.prompt) or encode_corpus(service.tokenizer, body.prompt).tolist()
     names = [token_name(service.tokenizer, token) for token in ids] if body.return_token_strs else None
     reply = TokenizeReply(len(ids), service.admission.max_tokens, ids, names)
@@ -138,6 +115,49 @@ def _tokenize(raw: bytes, *, service: Service, special: SpecialTokens) -> Respon
 
 def _detokenize(raw: bytes, *, service: Service) -> Response:
     body = parse(raw, model=DetokenizeRequest)
-    check_model(body.model, service=service)
+    service.check_model(body.model)
     tokens = read_ids(body.tokens, field="tokens", tokenizer=service.tokenizer)
     return Response(encode(DetokenizeReply(service.tokenizer.decode(tokens.tolist()))), media_type="application/json")
+
+
+_INFO = TokenizerInfo("bpe", 4096, "\n", 198, "\x03", 191, "\x03", 191, special_tokens_are_stand_ins=True)
+_ERRORS = (
+    MalformedRequest("the body is not JSON: expected value at line 1 column 1"),
+    ModelNotFound.of("gpt", name="default"),
+    BodyTooLarge("the body is larger than 33554432 bytes"),
+    InvalidField.of("tokens.1", value=4096, allowed="token ids are 0 to 4095"),
+    InternalError("an unexpected error; the server's log has it under the request id"),
+)
+
+ENDPOINTS = (
+    Endpoint(
+        method="GET",
+        path="/tokenizer_info",
+        tag="tokenizer",
+        summary="Kind and special tokens",
+        make=_tokenizer_info,
+        reply=_INFO,
+    ),
+    Endpoint(
+        method="POST",
+        path="/tokenize",
+        tag="tokenizer",
+        summary="The token ids of a text",
+        make=_tokenize_handler,
+        body=TokenizeRequest,
+        examples={"a text": {"prompt": "It was", "return_token_strs": True}},
+        reply=TokenizeReply(2, 8388608, [40, 373], ["It", " was"]),
+        errors=_ERRORS,
+    ),
+    Endpoint(
+        method="POST",
+        path="/detokenize",
+        tag="tokenizer",
+        summary="The text of token ids",
+        make=_detokenize_handler,
+        body=DetokenizeRequest,
+        examples={"ids": {"tokens": [40, 373]}},
+        reply=DetokenizeReply("It was"),
+        errors=_ERRORS,
+    ),
+)

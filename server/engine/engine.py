@@ -16,7 +16,7 @@ import numpy as np
 
 from server.engine.scheduler import Plan, Reading, Scheduler
 from server.engine.sequence import ChunkResult, ChunkScores, Drawn, Phase, Runner, Sequence
-from server.protocol.messages import Ended, Generate, Score, Scores, Step, Token
+from server.protocol.messages import Ended, EngineFinish, Generate, Score, Scores, Step, Token
 
 NOT_A_NUMBER = "the model's output for this sequence is not a number"
 PACE_MEMORY = 0.8  # of the running mean of how long reading takes
@@ -212,7 +212,7 @@ class Engine:
         elif sequence.num_generated == sequence.request.max_new_tokens:
             self._end(sequence, "length")
 
-    def _end(self, sequence: Sequence, finish_reason: str, *, error: str = "") -> None:
+    def _end(self, sequence: Sequence, finish_reason: EngineFinish, *, error: str = "") -> None:
         """The one ending. Those who still wait for what this sequence reads end with it."""
         for fork in list(sequence.forks):
             self._end(fork, finish_reason, error=error)

@@ -18,6 +18,7 @@ import time
 import msgspec
 import numpy as np
 
+from model.sampling.params import SamplingParams
 from server.engine.engine import Engine
 from server.engine.pipe import EngineEnd
 from server.engine.sequence import Runner
@@ -31,7 +32,6 @@ from server.protocol.messages import (
     Generate,
     Heartbeat,
     Ready,
-    Sampling,
     Score,
 )
 from server.runtime import log_to_stderr, settle_garbage
@@ -134,8 +134,8 @@ def _load(options: EngineOptions) -> Runner:
 def warm_up(engine: Engine) -> None:
     """Run real steps of each kind, so that readiness means that they work."""
     tokens = np.ones(2, dtype="<i4").tobytes()
-    engine.submit(Generate("warm-up greedy", tokens, Sampling(temperature=0), 3))
-    engine.submit(Generate("warm-up drawn", tokens, Sampling(temperature=1), 3))
+    engine.submit(Generate("warm-up greedy", tokens, SamplingParams(temperature=0), 3))
+    engine.submit(Generate("warm-up drawn", tokens, SamplingParams(temperature=1), 3))
     engine.submit(Score("warm-up score", tokens))
     while engine.has_work:
         for ended in engine.step().ended:

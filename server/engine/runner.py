@@ -14,9 +14,9 @@ from model.frozen.baked import load_baked
 from model.frozen.exported import load_exported
 from model.frozen.served import ServedLM, score_positions
 from model.sampling.draw import Draws, draw
+from model.sampling.params import SamplingParams
 from model.sampling.penalties import History
 from server.engine.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
-from server.protocol.messages import Sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,7 +32,7 @@ class ModelRunner:
         self._reads_together = True
         self.cache = model.allocate(max(num_rows, self._min_rows))
         self.history = History(max(num_rows, self._min_rows), model.config.vocab_size, device=model.device)
-        self._prepared: tuple[list[Sampling], Draws] | None = None
+        self._prepared: tuple[list[SamplingParams], Draws] | None = None
 
     @classmethod
     def load(
@@ -138,7 +138,7 @@ class ModelRunner:
         Returns:
             whether a full batch gives row 0, bit for bit, what it gets alone.
         """
-        sampling = Sampling(temperature=1.0, seed=1)
+        sampling = SamplingParams(temperature=1.0, seed=1)
         decoded = []
         for count in range(1, self.num_rows + 1):
             logits, _ = self._step(range(count), [1] * count)
@@ -294,6 +294,6 @@ def _numpy(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.cpu().numpy()
 
 
-def _same(left: Sequence[Sampling], right: Sequence[Sampling]) -> bool:
+def _same(left: Sequence[SamplingParams], right: Sequence[SamplingParams]) -> bool:
     """Whether both hold the very same objects, which is what one batch composition over many steps means."""
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))

@@ -1,5 +1,6 @@
 """One object per live request, and the words in which the engine asks a runner for work. Knows no torch and no HTTP."""
 
+import dataclasses
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -8,7 +9,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from server.protocol.messages import Extras, Generate, Sampling, Score, Timings
+from model.sampling.params import SamplingParams
+from server.protocol.messages import Extras, Generate, Score, Timings
 
 NO_EXTRAS = Extras()
 Top = tuple[tuple[int, float], ...]  # the most probable tokens and their log-probabilities, best first
@@ -18,7 +20,7 @@ Top = tuple[tuple[int, float], ...]  # the most probable tokens and their log-pr
 class Draw:
     """How to draw one token, and where."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     position: int  # tokens before the drawn one
     num_generated: int  # of those, the generated ones
 
@@ -223,7 +225,8 @@ class Sequence:
         return Chunk(
             self.row,
             tokens,
-            targets=targets if request.prompt_scores and len(targets) else None,
+            targets=targets if request.prompt_extras is not None and len(targets) else None,
+            extras=request.prompt_extras or NO_EXTRAS,
             draws=draws,
             penalised=request.sampling.repetition_penalty != 1,
         )
@@ -248,6 +251,8 @@ def _fork_requests(request: Generate | Score) -> list[Generate | Score]:
         return [Score(name, tokens, 0, request.extras, request.timeout_s) for name, tokens in request.forks]
     replace = msgspec.structs.replace
     return [
-        replace(request, id=name, sampling=replace(request.sampling, seed=seed), forks=(), prompt_scores=False)
+        replace(
+            request, id=name, sampling=dataclasses.replace(request.sampling, seed=seed), forks=(), prompt_extras=None
+        )
         for name, seed in request.forks
     ]

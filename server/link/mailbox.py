@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from server.protocol.messages import Ended, Scores, Timings, Token
+from server.protocol.messages import Ended, EngineFinish, Scores, Timings, Token
 
 Message = Token | Scores | Ended
 Sink = Callable[[Token], bool]
@@ -92,6 +92,6 @@ class Stream:
         return self._waiter
 
 
-def untimed_ending(sequence: str, finish_reason: str, *, error: str = "") -> Ended:
+def untimed_ending(sequence: str, finish_reason: EngineFinish, *, error: str = "") -> Ended:
     """An ending that does not come from the engine, which alone knows the timings."""
     return Ended(sequence, finish_reason, _NO_TIMINGS, error)

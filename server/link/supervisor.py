@@ -17,6 +17,7 @@ from server.protocol.messages import (
     LOAD_MODEL,
     AskedToEnd,
     Cancel,
+    EngineFinish,
     EngineOptions,
     FromEngine,
     Generate,
@@ -209,7 +210,7 @@ class EngineLink:
         self.rows_used, self.num_waiting, self.tokens_waiting = step.rows_used, step.num_waiting, step.tokens_waiting
         streams = self._streams
         said: Token | Scores
-        for said in step.tokens + step.scores:
+        for said in step.scores + step.tokens:  # a prompt's scores come before its first token
             stream = streams.get(said.sequence)
             if stream is not None and not stream.put(said):
                 self.cancel(said.sequence)
@@ -258,7 +259,7 @@ class EngineLink:
         if self.state == "failed":
             self._settled.set()
 
-    def _end_streams(self, finish_reason: str, *, error: str = "") -> None:
+    def _end_streams(self, finish_reason: EngineFinish, *, error: str = "") -> None:
         streams, self._streams = self._streams, {}
         for name, stream in streams.items():
             stream.put(untimed_ending(name, finish_reason, error=error))

@@ -1,19 +1,23 @@
 """GET /health and its probes, and GET /info: what is served, by what, within which limits."""
 
 import math
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, Response
+import msgspec
+from fastapi import Response
 from msgspec import Struct
 
-from server.dialects.generate.schema import MAX_STOP_CHARS, Parameters
+from server.dialects.generate.schema import Parameters, describe_numbers
+from server.dialects.sampling import MAX_STOP_CHARS
 from server.errors import Starting
 from server.protocol.json import encode
 from server.protocol.messages import LinkState, Ready
 from server.requests.service import Service
 from server.runtime import package_version
 from server.web import openapi
+from server.web.endpoint import Endpoint, Handler
 
 LIMITS = (
     "max_waiting",
@@ -65,45 +69,45 @@ class HealthReply(Struct, frozen=True):
     model: ModelHealth
 
 
-_EXAMPLE = HealthReply(
-    "ready",
-    "",
-    EngineHealth(4242, 0.3, 0.004, 0),
-    RowsHealth(3, 29),
-    QueueHealth(0, 0),
-    ModelHealth("default", "0c6f1d2e"),
-)
-
-
-def health_router(service: Service) -> APIRouter:
-    """The endpoints for operators."""
-    router = APIRouter(tags=["others"])
-
-    @router.get("/health", summary="State in full", responses={200: openapi.ok(HealthReply, example=_EXAMPLE)})
+def _health_handler(service: Service) -> Handler:
     async def health() -> Response:
         return Response(encode(_health(service)), media_type="application/json")
 
-    @router.get("/health/live", summary="This process answers")
-    @router.get("/healthz", include_in_schema=False)
-    async def live() -> dict[str, str]:
-        return {"status": "live"}
+    return health
 
-    @router.get("/health/ready", summary="Work is taken", responses=openapi.errors(*openapi.UNAVAILABLE))
-    @router.get("/readyz", include_in_schema=False)
-    async def ready() -> dict[str, str]:
+
+def _live(_service: Service) -> Handler:
+    async def live() -> Response:
+        return _json({"status": "live"})
+
+    return live
+
+
+def _ready(service: Service) -> Handler:
+    async def ready() -> Response:
         if error := service.unavailable():
             raise error
-        return {"status": "ready"}
+        return _json({"status": "ready"})
 
-    @router.get("/info", summary="The model, the limits and the defaults")
-    async def info() -> dict[str, Any]:
-        return _info(service)
+    return ready
 
-    @router.get("/model/spans", summary="How far each head looks back", responses=openapi.errors(*openapi.UNAVAILABLE))
-    async def spans() -> dict[str, Any]:
-        return _spans(service)
 
-    return router
+def _info_handler(service: Service) -> Handler:
+    async def info() -> Response:
+        return _json(_info(service))
+
+    return info
+
+
+def _spans_handler(service: Service) -> Handler:
+    async def spans() -> Response:
+        return _json(_spans(service))
+
+    return spans
+
+
+def _json(answer: dict[str, Any]) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 def _health(service: Service) -> HealthReply:
@@ -151,6 +155,7 @@ def _info(service: Service) -> dict[str, Any]:
             **{name: getattr(settings, name) for name in LIMITS},
         },
         "defaults": Parameters().model_dump(),
+        "parameters": describe_numbers(),
         "fingerprint": service.fingerprint,
         "version": package_version(),
         "versions": {name: version(name) for name in ("torch", "fastapi", "uvicorn")},
@@ -185,3 +190,28 @@ def _spans(service: Service) -> dict[str, Any]:
         "spans": ready.spans,
         "state_bytes_per_row": ready.state_bytes_per_row,
     }
+
+
+_EXAMPLE = HealthReply(
+    "ready",
+    "",
+    EngineHealth(4242, 0.3, 0.004, 0),
+    RowsHealth(3, 29),
+    QueueHealth(0, 0),
+    ModelHealth("default", "0c6f1d2e"),
+)
+
+
+def _get(path: str, summary: str, make: Callable[[Service], Handler], **more: Any) -> Endpoint:
+    return Endpoint(method="GET", path=path, tag="others", summary=summary, make=make, **more)
+
+
+ENDPOINTS = (
+    _get("/health", "State in full", _health_handler, reply=_EXAMPLE),
+    _get("/health/live", "This process answers", _live),
+    _get("/healthz", "", _live, in_schema=False),
+    _get("/health/ready", "Work is taken", _ready, errors=openapi.UNAVAILABLE),
+    _get("/readyz", "", _ready, in_schema=False),
+    _get("/info", "The model, the limits and the defaults", _info_handler),
+    _get("/model/spans", "How far each head looks back", _spans_handler, errors=openapi.UNAVAILABLE),
+)

@@ -6,7 +6,7 @@ and a stream that failed for a success.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -19,12 +19,12 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.web.request_log import STATUS
+from server.requests.results import WorkSummary
+from server.web.exchange import exchange_of
 
 PROVIDER = "allattn"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"})
 UNTRACED = frozenset({"/health", "/health/live", "/health/ready", "/healthz", "/readyz", "/metrics"})  # asked for ever
-PHASES = ("queue", "prefill", "decode")
 MAX_PORT_DIGITS = 5  # the client names the port
 FAILURES = frozenset({"error", "unfinished"})  # endings of sequences whose answer had begun
 
@@ -71,29 +71,31 @@ class RequestSpans:
     def _end(self, span: Span, *, scope: Scope, answer: "_Answer") -> None:
         if not span.is_recording():
             return
-        state = scope["state"]
+        exchange = exchange_of(scope)
         if route := getattr(scope.get("route"), "path", None):
             span.update_name(f"{_name(scope)} {route}")
             span.set_attribute("http.route", route)
-        summary = state["summary"]() if "summary" in state else {}
-        status = state.get(STATUS, 500)
-        span.set_attributes({"allattn.request_id": state["request_id"], "http.response.status_code": status})
-        span.set_attributes(dict(_of_work(summary, model=self._model)))
+        summary = None if exchange.summary is None else exchange.summary()
+        status = exchange.status or 500
+        span.set_attributes({"allattn.request_id": exchange.request_id, "http.response.status_code": status})
+        if summary is not None:
+            span.set_attributes(dict(_of_work(summary, model=self._model)))
         if status >= 500:
             _fail(span, str(status))
-        elif status == 200 and (failed := FAILURES.intersection(summary.get("finish_reasons", ()))):
+        elif status == 200 and summary and (failed := FAILURES.intersection(summary.finish_reasons)):
             _fail(span, min(failed))
-        self._add_phases(span, summary, answer=answer)
+        if summary is not None:
+            self._add_phases(span, summary, answer=answer)
         span.end()
 
-    def _add_phases(self, span: Span, summary: Mapping[str, Any], *, answer: "_Answer") -> None:
+    def _add_phases(self, span: Span, summary: WorkSummary, *, answer: "_Answer") -> None:
         """Child spans of what the engine did for a single sequence; those of several overlap, and nobody tells when.
 
         A stream begins to answer once its sequence is submitted, all else once it has ended.
         """
-        durations = [(phase, summary.get(f"{phase}_ms")) for phase in PHASES]
+        durations = [(name.removesuffix("_ms"), ms) for name, ms in summary.longest_ms.items()]
         known = [(phase, round(ms * 1e6)) for phase, ms in durations if ms is not None]
-        if summary.get("sequences") != 1 or not known or answer.began is None:
+        if summary.sequences != 1 or not known or answer.began is None:
             return
         start = answer.began if answer.is_stream else answer.began - sum(ns for _, ns in known)
         for phase, ns in known:
@@ -141,22 +143,22 @@ def _of_request(scope: Scope, *, headers: Headers) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value not in (None, "")}
 
 
-def _of_work(summary: Mapping[str, Any], *, model: str) -> Iterator[tuple[str, Any]]:
-    """What an endpoint that used the model says at the end, see `summary` in RequestLog."""
-    if "sequences" not in summary:
-        return
-    generates = "generated_tokens" in summary
-    yield "gen_ai.operation.name", "text_completion" if generates else "score"
+def _of_work(summary: WorkSummary, *, model: str) -> Iterator[tuple[str, Any]]:
+    """What an endpoint that had the engine work says at the end."""
+    yield "gen_ai.operation.name", "text_completion" if summary.generates else "score"
     yield "gen_ai.provider.name", PROVIDER
     yield "gen_ai.request.model", model
     yield "gen_ai.response.model", model
-    yield "gen_ai.response.finish_reasons", summary["finish_reasons"]
-    if generates:
-        yield "gen_ai.usage.input_tokens", summary["prompt_tokens"]
-        yield "gen_ai.usage.output_tokens", summary["generated_tokens"]
-    for name in ("sequences", "scored_tokens", *(f"{phase}_ms" for phase in PHASES)):
-        if summary.get(name) is not None:
-            yield f"allattn.{name}", summary[name]
+    yield "gen_ai.response.finish_reasons", summary.finish_reasons
+    if summary.prompt_tokens is not None and summary.generated_tokens is not None:
+        yield "gen_ai.usage.input_tokens", summary.prompt_tokens
+        yield "gen_ai.usage.output_tokens", summary.generated_tokens
+    yield "allattn.sequences", summary.sequences
+    if summary.scored_tokens is not None:
+        yield "allattn.scored_tokens", summary.scored_tokens
+    for name, longest in summary.longest_ms.items():
+        if longest is not None:
+            yield f"allattn.{name}", longest
 
 
 def _fail(span: Span, kind: str) -> None:

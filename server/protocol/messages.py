@@ -7,6 +7,12 @@ from typing import Literal
 
 import msgspec
 
+from model.sampling.params import SamplingParams
+
+FinishReason = Literal[
+    "length", "eos_token", "stop_sequence", "cancelled", "timeout", "shutdown"
+]  # of a generated text
+EngineFinish = Literal[FinishReason, "scored", "error"]  # of a sequence; the engine knows no stop strings
 LinkState = Literal["starting", "ready", "draining", "restarting", "failed"]  # of the line between the two processes
 TOKEN_BYTES = 4  # of an int32
 LOAD_MODEL = "server.engine.runner:ModelRunner.load"
@@ -29,22 +35,12 @@ class EngineOptions(msgspec.Struct, frozen=True):
     runner: str = LOAD_MODEL  # module:factory
 
 
-class Sampling(msgspec.Struct, frozen=True):
-    """How to draw the tokens of one sequence; every field already validated and defaulted by the API process."""
+class Extras(msgspec.Struct, frozen=True):
+    """What to tell of each scored token beside its log-probability and rank."""
 
-    temperature: float = 0.0  # 0 = greedy
-    top_k: int = 0  # 0 = off
-    top_p: float = 1.0  # 1 = off
-    min_p: float = 0.0  # 0 = off
-    typical_p: float = 1.0  # 1 = off
-    repetition_penalty: float = 1.0  # 1 = off; over prompt and output
-    frequency_penalty: float = 0.0  # 0 = off; over the output, as the next
-    presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # token and what is added to its logit
-    end_ids: tuple[int, ...] = ()  # tokens that end the sequence; they are not drawn before `min_new_tokens`
-    min_new_tokens: int = 0
-    num_top: int = 0  # most probable tokens to tell beside each drawn one
-    seed: int = 0  # u64; with the position it alone decides the noise of a draw
+    num_top: int = 0  # the most probable tokens
+    entropy: bool = False
+    memory_share: bool = False
 
 
 class Generate(msgspec.Struct, tag=True, frozen=True):
@@ -55,10 +51,10 @@ class Generate(msgspec.Struct, tag=True, frozen=True):
 
     id: str
     tokens: bytes  # int32
-    sampling: Sampling
+    sampling: SamplingParams
     max_new_tokens: int
     timeout_s: float | None = None  # from now
-    prompt_scores: bool = False  # answer with Scores of the prompt too, before the first token
+    prompt_extras: Extras | None = None  # if set: answer with Scores of the prompt too, before the first token
     forks: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -70,14 +66,6 @@ class Generate(msgspec.Struct, tag=True, frozen=True):
     def num_tokens(self) -> int:
         """Tokens to read."""
         return len(self.tokens) // TOKEN_BYTES
-
-
-class Extras(msgspec.Struct, frozen=True):
-    """What to tell of each scored token beside its log-probability and rank."""
-
-    num_top: int = 0  # the most probable tokens
-    entropy: bool = False
-    memory_share: bool = False
 
 
 class Score(msgspec.Struct, tag=True, frozen=True):
@@ -141,13 +129,10 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """The one ending of a sequence.
-
-    length, eos_token, scored, cancelled, timeout, shutdown, or error (then with `error`).
-    """
+    """The one ending of a sequence; `error` says why where the engine gave it up."""
 
     sequence: str
-    finish_reason: str
+    finish_reason: EngineFinish
     timings: Timings
     error: str = ""
 

@@ -5,11 +5,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
-from prometheus_fastapi_instrumentator import Instrumentator
 
 from server.protocol.messages import LinkState, Step
 
@@ -39,7 +37,7 @@ class Metrics:
     """All of them, in a registry of their own."""
 
     def __init__(self, engine: EngineState, *, num_rows: int) -> None:
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self._gauge("num_requests_running", "Sequences that hold a row.", lambda: engine.rows_used)
         self._gauge("rows_used", "Rows of the batch in use.", lambda: engine.rows_used)
         self._gauge("rows", "Rows of the batch.", lambda: num_rows)
@@ -54,24 +52,19 @@ class Metrics:
         self._token_gap = TokenHistogram(
             "allattn_inter_token_latency_seconds", "Between two tokens of a sequence.", bounds=TIME_BUCKETS
         )
-        self._registry.register(self._token_gap)
+        self.registry.register(self._token_gap)
         self._stepped = time.perf_counter()
         self._queue_time = self._time("request_queue_time_seconds", "Waiting for a row.")
         self._latency = self._time("e2e_request_latency_seconds", "From admission to the ending.")
         self._step = self._time("step_duration_seconds", "One step of the engine.", "phase")
         self._batch = Histogram(
-            "allattn_batch_size", "Rows that a step decoded.", buckets=BATCH_BUCKETS, registry=self._registry
+            "allattn_batch_size", "Rows that a step decoded.", buckets=BATCH_BUCKETS, registry=self.registry
         )
         self._prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of finished generations.")
         self._new_tokens = self._counter("generation_tokens_total", "Generated tokens.")
         self._scored_tokens = self._counter("scored_tokens_total", "Tokens of finished scorings.")
         self._finished = self._counter("requests_finished_total", "Sequences by their ending.", "finish_reason")
         self._rejected = self._counter("requests_rejected_total", "Requests refused, by reason.", "reason")
-
-    def instrument(self, app: FastAPI) -> None:
-        """Count the HTTP requests of `app` too, and let it answer GET /metrics."""
-        instrumentator = Instrumentator(should_group_status_codes=False, registry=self._registry)
-        instrumentator.instrument(app).expose(app, tags=["others"])
 
     def observe_step(self, step: Step) -> None:
         """One step of the engine, as it is heard of. Steps without work are not counted.
@@ -114,13 +107,13 @@ class Metrics:
         self._rejected.labels(reason).inc()
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        Gauge(f"allattn_{name}", text, registry=self._registry).set_function(read)
+        Gauge(f"allattn_{name}", text, registry=self.registry).set_function(read)
 
     def _time(self, name: str, text: str, *labels: str) -> Histogram:
-        return Histogram(f"allattn_{name}", text, labels, buckets=TIME_BUCKETS, registry=self._registry)
+        return Histogram(f"allattn_{name}", text, labels, buckets=TIME_BUCKETS, registry=self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"allattn_{name}", text, labels, registry=self._registry)
+        return Counter(f"allattn_{name}", text, labels, registry=self.registry)
 
 
 class TokenHistogram(Collector):

@@ -35,16 +35,16 @@ def num_inputs(inputs: InputsValue) -> int:
     return len(inputs) if is_list_of_inputs(inputs) else 1
 
 
-def read_prompts(inputs: InputsValue, *, tokenizer: Tokenizer) -> list[Prompt]:
+def read_prompts(inputs: InputsValue, *, field: str, tokenizer: Tokenizer) -> list[Prompt]:
     """One prompt for each input, in order.
 
     Raises:
         InvalidField: an input is empty or holds an unknown id.
     """
     if not is_list_of_inputs(inputs):
-        return [read_prompt(cast("str | list[int]", inputs), field="inputs", tokenizer=tokenizer)]
+        return [read_prompt(cast("str | list[int]", inputs), field=field, tokenizer=tokenizer)]
     several = cast("list[str | list[int]]", inputs)
-    return [read_prompt(one, field=f"inputs.{i}", tokenizer=tokenizer) for i, one in enumerate(several)]
+    return [read_prompt(one, field=f"{field}.{i}", tokenizer=tokenizer) for i, one in enumerate(several)]
 
 
 def read_prompt(one: str | list[int], *, field: str, tokenizer: Tokenizer) -> Prompt:

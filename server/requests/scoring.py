@@ -1,31 +1,29 @@
-"""Scored sequences: what the engine is told of a document, and how its scores become events. Knows no HTTP.
+"""One scored sequence: what the engine is told of a document, and how its scores become outputs. Knows no dialect.
 
-The plain reply is folded from the same events as the stream, so the two cannot differ.
+A plain reply is folded from the same outputs as a stream, so the two cannot differ.
 """
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 
-import msgspec
 import numpy as np
-from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from server.dialects.score.replies import ScoredToken, ScoreEvent, ScoreReply
-from server.dialects.score.schema import Unit
-from server.errors import Cancelled, Draining, RequestTimeout
-from server.protocol.json import encode_event
-from server.protocol.messages import Ended, Extras, Score, Scores
+from model.scoring import Tally
+from server.errors import Cancelled, Draining, RequestTimeout, ServerError
+from server.protocol.messages import TOKEN_BYTES, Ended, Extras, Score, Scores
 from server.requests.offload import beside_the_loop
+from server.requests.results import ScoredToken, ScoreOutput, TextScore, WorkSummary
 from server.requests.service import LiveSequence, Said, Service
-from server.requests.token_list import Tally, TokenLister
+from server.requests.token_list import TokenLister
 
 Send = Callable[[bytes], Awaitable[None]]
-TOKEN_BYTES = 64  # of JSON, about
-FAILURES = {"timeout": RequestTimeout, "cancelled": Cancelled, "shutdown": Draining}
+Encode = Callable[[ScoreOutput], bytes]
+JSON_BYTES = 64  # of a listed token, about
+FAILURES: dict[str, type[ServerError]] = {"timeout": RequestTimeout, "cancelled": Cancelled, "shutdown": Draining}
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,8 @@ class ScoringPlan:
 
     tokens: NDArray[np.int32]  # the text, at least one
     num_scored: int  # all of them, or all but the first
-    unit: Unit
     lists_tokens: bool
     extras: Extras
-    sequence: int | UnsetType = UNSET  # which reply of a list
 
 
 class Scoring:
@@ -67,48 +63,55 @@ class Scoring:
         self.plan = plan
         self.live = live
         self._service = service
-        self._tally = Tally()
+        self._tally = Tally(service.tokenizer)
+        self._is_greedy = True
         self._lister = TokenLister(service.tokenizer, num_tokens=len(plan.tokens), extras=plan.extras)
-        self._entries: list[ScoredToken] = []  # of the list of tokens, that are in no event yet
+        self._entries: list[ScoredToken] = []  # of the list of tokens, that are in no output yet
         self._has_begun = False
         self._is_counted = False
 
     @property
     def num_done(self) -> int:
         """Tokens scored so far."""
-        return self._tally.num_tokens
+        return self._tally.score.num_tokens
 
-    async def run(self, send: Send) -> None:
-        """Send every event, framed; the last one has the reply. One call for all there is.
+    async def run(self, send: Send, *, encode: Encode) -> None:
+        """Send every output; the last one has the score. One call of `send` for all outputs that are there.
 
         Leaving early, by a cancellation or because `send` raises, frees the row.
+
+        Args:
+            encode: gives the bytes of an output; called in a thread where the output is long.
 
         Raises:
             RequestTimeout, Cancelled, Draining: the text was not scored to its end.
             EngineDown, InternalError: the engine gave the sequence up.
         """
         with self._alive():
-            async for events in self._events():
-                await send(b"".join(await _encoded(events, encode=encode_event)))
+            async for outputs in self._outputs():
+                await send(b"".join(await _encoded(outputs, encode)))
 
-    async def fold(self) -> bytes:
-        """Run to the end; the plain reply as JSON. Raises as `run` does."""
-        entries: list[bytes] = []  # as JSON, for the objects of a long list would take several times the memory
-        reply = None
+    async def fold(self, *, encode: Encode) -> tuple[TextScore, list[bytes]]:
+        """Run to the end; the score, and the bytes of all outputs that have any. Raises as `run` does.
+
+        The bytes and not the outputs, for the objects of a long list of tokens would take several times the memory.
+        """
+        parts: list[bytes] = []
+        score = None
         with self._alive():
-            async for events in self._events():
-                entries += filter(None, await _encoded(events, encode=_entries))
-                reply = events[-1].reply
-        assert reply is not None
-        head = msgspec.json.encode(reply)
-        return b"".join((head[:-1], b',"tokens":[', b",".join(entries), b"]}")) if self.plan.lists_tokens else head
+            async for outputs in self._outputs():
+                parts += filter(None, await _encoded(outputs, encode))
+                score = outputs[-1].score
+        assert score is not None
+        return score, parts
 
     async def tokens(self) -> list[ScoredToken]:
         """Run to the end; the list of tokens, which the plan must ask for. Raises as `run` does."""
         entries: list[ScoredToken] = []
         with self._alive():
-            async for events in self._events():
-                entries += chain.from_iterable(event.tokens or () for event in events)
+            async for outputs in self._outputs():
+                for output in outputs:
+                    entries += output.tokens
         return entries
 
     def close(self) -> None:
@@ -128,40 +131,38 @@ class Scoring:
             if not self._is_counted:
                 self._service.metrics.count_abandoned("error" if self.live.ended else "cancelled")
 
-    async def _events(self) -> AsyncIterator[list[ScoreEvent]]:
-        """Turn by turn one event for each message; that of the last one waits for the ending, and has the reply."""
+    async def _outputs(self) -> AsyncIterator[list[ScoreOutput]]:
+        """Turn by turn one output for each message; that of the last one waits for the ending, and has the score."""
         if self.plan.lists_tokens and self.plan.num_scored < len(self.plan.tokens):
             self._entries.append(self._lister.unscored(int(self.plan.tokens[0])))
-        held: list[ScoreEvent] = []
+        held: list[ScoreOutput] = []
         while self.live.ended is None:
-            events = held + await self._take_all(await self.live.take())
-            held = [events.pop()] if events and events[-1].index == self.plan.num_scored else []
-            if events:
-                yield events
-        reply = self._finish(self.live.ended)
-        last = held[0] if held else self._event()
-        yield [msgspec.structs.replace(last, reply=reply)]
+            outputs = held + await self._take_all(await self.live.take())
+            held = [outputs.pop()] if outputs and outputs[-1].num_done == self.plan.num_scored else []
+            if outputs:
+                yield outputs
+        score = self._finish(self.live.ended)
+        yield [replace(held[0] if held else self._output(), score=score)]
 
-    async def _take_all(self, messages: Sequence[Said]) -> list[ScoreEvent]:
+    async def _take_all(self, messages: Sequence[Said]) -> list[ScoreOutput]:
         scores = [message for message in messages if isinstance(message, Scores)]
         size = sum(len(one.logprobs) + len(one.top_ids) + len(one.memory_shares) for one in scores)
         return await beside_the_loop(lambda: [self._take(one) for one in scores], size=size)
 
-    def _take(self, scores: Scores) -> ScoreEvent:
+    def _take(self, scores: Scores) -> ScoreOutput:
         start = len(self.plan.tokens) - self.plan.num_scored + self.num_done
-        tokens = self.plan.tokens[start : start + len(scores.logprobs) // 4]
-        text = b"".join(map(self._service.tokenizer.token_bytes, tokens.tolist()))
-        self._tally.add(text, scores)
+        tokens = self.plan.tokens[start : start + len(scores.logprobs) // TOKEN_BYTES]
+        self._tally.add(tokens.tolist(), np.frombuffer(scores.logprobs, dtype="<f4").tolist())
+        self._is_greedy &= not np.frombuffer(scores.ranks, dtype="<i4").any()
         if self.plan.lists_tokens:
             self._entries += self._lister.scored(tokens, scores)
-        return self._event()
+        return self._output()
 
-    def _event(self) -> ScoreEvent:
+    def _output(self) -> ScoreOutput:
         entries, self._entries = self._entries, []
-        tokens = entries if self.plan.lists_tokens else UNSET
-        return ScoreEvent(self.num_done, self.plan.num_scored, sequence=self.plan.sequence, tokens=tokens)
+        return ScoreOutput(self.num_done, self.plan.num_scored, entries)
 
-    def _finish(self, ended: Ended) -> ScoreReply:
+    def _finish(self, ended: Ended) -> TextScore:
         self._is_counted = True
         self._service.metrics.count_finished(
             ended.finish_reason,
@@ -173,18 +174,25 @@ class Scoring:
             raise failure(f"{ended.finish_reason}: {self.num_done} of {self.plan.num_scored} tokens had been scored")
         assert ended.finish_reason == "scored"
         assert self.num_done == self.plan.num_scored
-        return self._tally.reply(self.plan.unit)
+        return TextScore(self._tally.score, self._is_greedy)
+
+
+def summarise(scorings: Sequence[Scoring], *, user: str | None = None) -> WorkSummary:
+    """For the log: counts and times, no text."""
+    ended = [one.live.ended for one in scorings]
+    return WorkSummary(
+        sequences=len(scorings),
+        scored_tokens=sum(one.num_done for one in scorings),
+        finish_reasons=["unfinished" if one is None else one.finish_reason for one in ended],
+        timings=[one.timings for one in ended if one is not None],
+        user=user,
+    )
 
 
 def _raw(context: NDArray[np.int32], text: NDArray[np.int32]) -> bytes:
     return np.concatenate([context, text]).astype("<i4", copy=False).tobytes()
 
 
-async def _encoded(events: Sequence[ScoreEvent], *, encode: Callable[[ScoreEvent], bytes]) -> list[bytes]:
-    num_tokens = sum(len(event.tokens or ()) for event in events)
-    return await beside_the_loop(lambda: [encode(event) for event in events], size=TOKEN_BYTES * num_tokens)
-
-
-def _entries(event: ScoreEvent) -> bytes:
-    """The inside of its list of tokens."""
-    return msgspec.json.encode(event.tokens)[1:-1] if event.tokens else b""
+async def _encoded(outputs: Sequence[ScoreOutput], encode: Encode) -> list[bytes]:
+    num_tokens = sum(len(output.tokens) for output in outputs)
+    return await beside_the_loop(lambda: [encode(output) for output in outputs], size=JSON_BYTES * num_tokens)

@@ -11,7 +11,7 @@ from typing import Protocol, Self
 
 from model.bundle import Bundle
 from server.config import Settings
-from server.errors import Draining, EngineDown, InternalError, ServerError, Starting
+from server.errors import Draining, EngineDown, InternalError, ModelNotFound, ServerError, Starting
 from server.protocol.messages import Ended, Generate, LinkState, Ready, Score, Scores, Step, Token
 from server.requests.admission import Admission
 from server.requests.metrics import Metrics
@@ -133,6 +133,11 @@ class Service:
         if link.heartbeat_age_s > self.settings.heartbeat_timeout_s:
             return EngineDown(f"the engine has not answered for {link.heartbeat_age_s:.0f} s")
         return None
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ModelNotFound for a name that is not the served model's; None asks for whatever is served."""
+        if name is not None and name != self.model_name:
+            raise ModelNotFound.of(name, name=self.model_name)
 
     def check_admission(self, num_sequences: int, *, num_tokens: int = 0, field: str = "inputs") -> None:
         """Refuse a request of so many sequences and, at most, so many prompt tokens.

@@ -1,76 +1,28 @@
-"""From the engine's scores to what a client reads: sums over a text, and a list of its tokens. Knows no HTTP.
+"""The tokens of a text, each with its figures; and the names of tokens. Knows no HTTP.
 
-Both take a text in stretches, so that what a long one costs in memory does not depend on its length.
+A text comes in stretches, so that what a long one costs in memory does not depend on its length.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 from msgspec import UNSET
 from numpy.typing import NDArray
 
-from model import scoring
-from model.tokenizer import StreamingDecoder, Tokenizer
-from server.dialects.score.replies import ScoredToken, ScoreReply, TopToken
-from server.dialects.score.schema import Unit
+from model.tokenizer import BPE_EOS, StreamingDecoder, Tokenizer
 from server.protocol.messages import Extras, Scores
+from server.requests.results import ScoredToken, TopToken
 
 
-class Tally:
-    """Running sums of one text. They end up as `scoring.Score.of` over the whole."""
-
-    def __init__(self) -> None:
-        self._sum = scoring.Score(logprob=0.0, num_tokens=0, num_bytes=0, num_chars=0, num_words=0)
-        self._is_greedy = True
-        self._in_word = False  # the text so far ends within a word, which may go on
-
-    @property
-    def num_tokens(self) -> int:
-        """How many were added."""
-        return self._sum.num_tokens
-
-    def add(self, text: bytes, scores: Scores) -> None:
-        """Count the next tokens, which stand for `text`."""
-        logprobs = np.frombuffer(scores.logprobs, dtype="<f4")
-        codes = np.frombuffer(text, dtype=np.uint8)
-        continues_word = self._in_word and not text[:1].isspace() and bool(text)
-        before = self._sum
-        self._sum = scoring.Score(
-            logprob=math.fsum([before.logprob, *logprobs.tolist()]),
-            num_tokens=before.num_tokens + len(logprobs),
-            num_bytes=before.num_bytes + len(text),
-            num_chars=before.num_chars + int(np.count_nonzero((codes & 0xC0) != 0x80)),
-            num_words=before.num_words + len(text.split()) - continues_word,
-        )
-        if text:
-            self._in_word = not text[-1:].isspace()
-        self._is_greedy &= not np.frombuffer(scores.ranks, dtype="<i4").any()
-
-    def reply(self, unit: Unit) -> ScoreReply:
-        """All figures of the text."""
-        figures = self._sum
-        units = {
-            "token": figures.num_tokens,
-            "byte": figures.num_bytes,
-            "char": figures.num_chars,
-            "word": figures.num_words,
-        }
-        return ScoreReply(
-            num_tokens=figures.num_tokens,
-            num_bytes=figures.num_bytes,
-            num_chars=figures.num_chars,
-            num_words=figures.num_words,
-            logprob=figures.logprob,
-            # As if each unit were a token: so it is the shared function that decides what a perplexity is.
-            perplexity=replace(figures, num_tokens=units[unit]).perplexity,
-            word_perplexity=figures.word_perplexity,
-            bits_per_token=figures.bits_per_token,
-            bits_per_byte=figures.bits_per_byte,
-            bits_per_char=figures.bits_per_char,
-            is_greedy=self._is_greedy,
-        )
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    r"""The text of a token, or where its bytes are no text "bytes:\xNN..."; no two tokens have the same."""
+    data = tokenizer.token_bytes(token)
+    if not data:
+        return BPE_EOS
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 class TokenLister:

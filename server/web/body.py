@@ -3,17 +3,62 @@
 An unknown field is refused, so that nothing is accepted and ignored.
 """
 
+import re
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import Annotated, TypeVar, get_args
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
-from server.errors import BodyTooLarge, InvalidField, MalformedRequest, RequestError, shorten
+from server.errors import BodyTooLarge, InvalidField, MalformedRequest, RequestError, shorten, shown
 
+MAX_TIMEOUT_S = 86400
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 RANGED = ("greater_than", "less_than", "int_", "float_", "finite_number")  # pydantic's complaints about numbers
+
+
+TimeoutS = Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)]
+ENDS_AS_IT_IS = "seconds after which the output ends as it is; the server's own limit if not set"
+
+
+def _check_request_id(value: str) -> str:
+    if not REQUEST_ID.fullmatch(value):
+        raise PydanticCustomError("request_id", "it should be 1 to 128 printable ASCII characters, no spaces")
+    return value
+
+
+RequestId = Annotated[
+    Annotated[
+        str,
+        AfterValidator(_check_request_id),
+        Field(json_schema_extra={"minLength": 1, "maxLength": 128, "pattern": f"^{REQUEST_ID.pattern}$"}),
+    ]
+    | None,
+    Field(description="the request's name, for DELETE /requests/{id}; wins over the header X-Request-Id"),
+]
+
+
+class FieldError(ValueError):
+    """A fault that a validator of ours finds; `parse` knows where the validated value stands in the body."""
+
+    def __init__(self, place: str, complaint: str) -> None:
+        """place: of the fault below the validated value, "" for the value itself. complaint: of the field there."""
+        super().__init__(complaint)
+        self._place = place
+        self._complaint = complaint
+
+    @classmethod
+    def of(cls, place: str, *, value: object, allowed: str) -> "FieldError":
+        """Make the fault of a value that is not allowed."""
+        return cls(place, f"{shown(value)} is not allowed; {allowed}")
+
+    def told(self, path: Sequence[str]) -> InvalidField:
+        """The fault as the client hears of it. `path`: where the validated value stands."""
+        field = ".".join((*path, self._place)) if self._place else ".".join(path)
+        return InvalidField(f"{field}: {self._complaint}", param=field)
 
 
 class RequestBody(BaseModel):
@@ -84,8 +129,8 @@ def _request_error(error: ValidationError, *, model: type[BaseModel]) -> Request
     """The first complaint of pydantic in our words."""
     first = error.errors(include_url=False)[0]
     kind, path = first["type"], [str(part) for part in first["loc"]]
-    if kind == "value_error" and isinstance(own := first["ctx"]["error"], RequestError):
-        return own
+    if kind == "value_error" and isinstance(fault := first["ctx"]["error"], FieldError):
+        return fault.told(path)
     if kind == "json_invalid":
         return MalformedRequest(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if path and path[0] in ("inputs", "prompt", "prefix"):

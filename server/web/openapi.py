@@ -6,7 +6,7 @@ Knows no endpoint.
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -53,7 +53,15 @@ ENDPOINT_ERRORS = (
 )
 
 
-def body(model: type[RequestBody], *, examples: dict[str, dict[str, Any]]) -> dict[str, Any]:
+ReplyForm = Callable[[dict[str, Any]], dict[str, Any]]  # from the schema of a reply to that of the answer
+
+
+def one_reply(schema: dict[str, Any]) -> dict[str, Any]:
+    """The form of an answer that is one reply."""
+    return schema
+
+
+def body(model: type[RequestBody], *, examples: Mapping[str, Any]) -> dict[str, Any]:
     """For `openapi_extra`: the JSON body an endpoint reads by itself, with examples by name."""
     shown = {name: {"value": value} for name, value in examples.items()}
     content = {"application/json": {"schema": {"$ref": REF + model.__name__}, "examples": shown}}
@@ -68,10 +76,9 @@ def ok(reply: type[msgspec.Struct], *, example: msgspec.Struct) -> dict[str, Any
     }
 
 
-def events(example: list[msgspec.Struct]) -> dict[str, Any]:
+def events(example: str) -> dict[str, Any]:
     """The description of a stream."""
-    lines = "".join(f"data: {msgspec.json.encode(event).decode()}\n\n" for event in example)
-    return {"schema": {"type": "string", "format": "event-stream"}, "example": lines}
+    return {"schema": {"type": "string", "format": "event-stream"}, "example": example}
 
 
 def errors(*examples: ServerError) -> dict[int | str, dict[str, Any]]:

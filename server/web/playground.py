@@ -6,9 +6,10 @@ The files are read once. A browser keeps them, and asks by their ETag whether th
 import hashlib
 from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from server.requests.service import Service
+from server.web.endpoint import Endpoint, Handler
 
 FOLDER = Path(__file__).parent / "page"
 INDEX = "index.html"
@@ -20,22 +21,21 @@ MEDIA_TYPES = {
 }
 
 
-def playground_router(_service: Service) -> APIRouter:
-    """The page and what it loads, all of it from here."""
-    router = APIRouter(include_in_schema=False)
-    for path in sorted(FOLDER.iterdir()):
-        if path.suffix in MEDIA_TYPES:
-            _add_file(router, path)
-    return router
-
-
-def _add_file(router: APIRouter, path: Path) -> None:
+def _endpoint(path: Path) -> Endpoint:
     content = path.read_bytes()
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
 
-    @router.get("/" if path.name == INDEX else f"/playground/{path.name}")
-    async def file(request: Request) -> Response:
-        if etag in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers=headers)
-        return Response(content, media_type=MEDIA_TYPES[path.suffix], headers=headers)
+    def make(_service: Service) -> Handler:
+        async def file(request: Request) -> Response:
+            if etag in request.headers.get("if-none-match", ""):
+                return Response(status_code=304, headers=headers)
+            return Response(content, media_type=MEDIA_TYPES[path.suffix], headers=headers)
+
+        return file
+
+    url = "/" if path.name == INDEX else f"/playground/{path.name}"
+    return Endpoint(method="GET", path=url, make=make, in_schema=False)
+
+
+ENDPOINTS = tuple(_endpoint(path) for path in sorted(FOLDER.iterdir()) if path.suffix in MEDIA_TYPES)

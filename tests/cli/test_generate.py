@@ -20,9 +20,9 @@ import httpx
 import pytest
 
 from allattn import generate as terminal
+from model.sampling.params import SamplingParams
 from server.engine.engine import Engine
 from server.engine.sequence import Chunk, ChunkResult, Draw, Drawn
-from server.protocol.messages import Sampling
 from tests.support.artefacts import bundle_of
 from tests.support.fake_runner import FakeRunner
 from tests.support.live_server import live_server
@@ -45,7 +45,7 @@ class ScriptRunner(FakeRunner):
         super().decode(rows, tokens, draws)
         return [self._say(draw.num_generated, draw.sampling) for draw in draws]
 
-    def _say(self, place: int, sampling: Sampling) -> Drawn:
+    def _say(self, place: int, sampling: SamplingParams) -> Drawn:
         is_loud = sampling.temperature > 0 and sampling.seed % 2
         said = (SCRIPT.upper() if is_loud else SCRIPT).encode()
         return Drawn(said[place % len(said)], LOGPROB)

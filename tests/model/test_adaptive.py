@@ -18,9 +18,10 @@ from model.frozen.served import score_positions
 from model.network.network import AllAttentionLM
 from model.sampling import draw as sampling
 from model.sampling.draw import score_targets
+from model.sampling.params import SamplingParams
 from server.engine.engine import Engine
 from server.engine.runner import ModelRunner
-from server.protocol.messages import Generate, Sampling
+from server.protocol.messages import Generate
 from tests.support.agreement_bundle import ADAPTIVE, build_network, text_tokens, tokenizer_of
 from tests.support.artefacts import EACH_BACKEND, served_folder
 from training.config import DataConfig, OptimConfig, RunConfig
@@ -201,7 +202,7 @@ def test_a_model_of_words_is_served(backend) -> None:
     assert runner.backend == backend
     engine = Engine(runner, chunk_tokens=16, budget_tokens=32)
     prompt = text_tokens(40, "words").astype("<i4").tobytes()
-    engine.submit(Generate("a", prompt, Sampling(temperature=1.0, top_p=0.9, num_top=3, seed=1), 12))
+    engine.submit(Generate("a", prompt, SamplingParams(temperature=1.0, top_p=0.9, num_top=3, seed=1), 12))
     tokens = []
     while engine.has_work:
         tokens += [token.token for token in engine.step().tokens]
@@ -239,7 +240,7 @@ from model.frozen.served import score_document, score_positions
 from model.config import ModelConfig
 from model.network.network import AllAttentionLM
 from model.sampling.draw import Draws, draw
-from server.protocol.messages import Sampling
+from server.protocol.messages import SamplingParams
 from server.engine.runner import ModelRunner
 network = AllAttentionLM(ModelConfig.model_validate(WIKITEXT103))
 model = bake(network)
@@ -262,7 +263,7 @@ network.loss(hidden, torch.from_numpy(tokens[1:])).backward()
 """
 
 DRAW = """
-line = Sampling(temperature=1.0, top_k=50, top_p=0.9, typical_p=0.9, min_p=0.01, num_top=5)
+line = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, typical_p=0.9, min_p=0.01, num_top=5)
 draw(torch.randn(32, 267735), Draws([line] * 32), positions=[1] * 32, num_generated=[1] * 32)
 """
 WARM_UP = """

@@ -6,33 +6,33 @@ import pytest
 import torch
 
 from model.sampling.draw import Draws, draw
+from model.sampling.params import SamplingParams
 from model.sampling.penalties import History
-from server.protocol.messages import Sampling
 from tests.support.slow_sampling import Line, draw_lines
 
 
 def test_greedy_lines_honour_penalties_biases_and_the_minimum_length():
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).repeat(6, 1)
     lines = [
-        Line(Sampling()),
-        Line(Sampling(repetition_penalty=2.0), prompt=(0,)),
-        Line(Sampling(frequency_penalty=0.6), output=(0, 0)),
-        Line(Sampling(presence_penalty=1.5), prompt=(0,), output=(0, 1)),
-        Line(Sampling(logit_bias=((3, 3.5),))),
-        Line(Sampling(end_ids=(0, 1), min_new_tokens=2), num_generated=1),
+        Line(SamplingParams()),
+        Line(SamplingParams(repetition_penalty=2.0), prompt=(0,)),
+        Line(SamplingParams(frequency_penalty=0.6), output=(0, 0)),
+        Line(SamplingParams(presence_penalty=1.5), prompt=(0,), output=(0, 1)),
+        Line(SamplingParams(logit_bias=((3, 3.5),))),
+        Line(SamplingParams(end_ids=(0, 1), min_new_tokens=2), num_generated=1),
     ]
     assert draw_lines(logits, lines).tokens.tolist() == [0, 1, 1, 0, 3, 2]
 
 
 def test_frequency_and_presence_penalties_pass_over_the_prompt():
     logits = torch.tensor([[4.0, 3.0]])
-    penalties = Sampling(frequency_penalty=2.0, presence_penalty=2.0)
+    penalties = SamplingParams(frequency_penalty=2.0, presence_penalty=2.0)
     assert draw_lines(logits, [Line(penalties, prompt=(0, 0, 0))]).tokens.tolist() == [0]
     assert draw_lines(logits, [Line(penalties, output=(0,))]).tokens.tolist() == [1]
 
 
 def test_a_token_that_is_named_twice_gets_both_biases():
-    sampling = Sampling(logit_bias=((1, 0.7), (1, 0.7)))
+    sampling = SamplingParams(logit_bias=((1, 0.7), (1, 0.7)))
     assert draw_lines(torch.tensor([[1.0, 0.0]]), [Line(sampling)]).tokens.tolist() == [1]
 
 
@@ -40,7 +40,7 @@ def test_a_token_that_is_named_twice_gets_both_biases():
 def test_end_tokens_come_as_soon_as_the_minimum_length_is_reached_and_not_before(temperature):
     logits = torch.zeros(4, 3)
     logits[:, 1] = 30
-    sampling = Sampling(temperature=temperature, end_ids=(1, 2), min_new_tokens=2)
+    sampling = SamplingParams(temperature=temperature, end_ids=(1, 2), min_new_tokens=2)
     drawn = draw_lines(logits, [Line(sampling, num_generated=n) for n in range(4)])
     assert drawn.tokens.tolist() == [0, 0, 1, 1]
     assert torch.equal(drawn.logprobs, logits.log_softmax(-1)[range(4), drawn.tokens])
@@ -54,16 +54,18 @@ def test_end_tokens_come_as_soon_as_the_minimum_length_is_reached_and_not_before
 )
 def test_a_line_whose_every_token_is_banned_is_drawn_as_if_none_were(temperature, ban):
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    banned = draw_lines(logits, [Line(Sampling(temperature=temperature, seed=3, **ban))])
-    free = draw_lines(logits, [Line(Sampling(temperature=temperature, seed=3))])
+    banned = draw_lines(logits, [Line(SamplingParams(temperature=temperature, seed=3, **ban))])
+    free = draw_lines(logits, [Line(SamplingParams(temperature=temperature, seed=3))])
     assert torch.equal(banned.tokens, free.tokens)
     assert torch.isfinite(banned.logprobs).all()
 
 
 def test_only_lines_that_are_penalised_need_a_history():
-    assert not Draws([Sampling(), Sampling(logit_bias=((1, 1.0),), end_ids=(1,), min_new_tokens=3)]).penalised
+    assert not Draws(
+        [SamplingParams(), SamplingParams(logit_bias=((1, 1.0),), end_ids=(1,), min_new_tokens=3)]
+    ).penalised
     for penalty in ({"repetition_penalty": 1.1}, {"frequency_penalty": 0.1}, {"presence_penalty": -0.1}):
-        draws = Draws([Sampling(), Sampling(**penalty)])
+        draws = Draws([SamplingParams(), SamplingParams(**penalty)])
         assert draws.penalised
         with pytest.raises(AssertionError, match="history"):
             draw(torch.zeros(2, 3), draws, positions=[0, 0], num_generated=[0, 0])
@@ -72,7 +74,7 @@ def test_only_lines_that_are_penalised_need_a_history():
 def test_lines_may_share_a_row_of_the_history():
     history = History(3, 4)
     history.read(2, torch.tensor([0]))
-    draws = Draws([Sampling(repetition_penalty=4.0)] * 2)
+    draws = Draws([SamplingParams(repetition_penalty=4.0)] * 2)
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(2, 1)
     drawn = draw(logits, draws, positions=[1, 1], num_generated=[0, 0], history=history, rows=[2, 2])
     assert drawn.tokens.tolist() == [1, 1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.sampling import draw as sampling
 from model.sampling.draw import score_targets, uniform_noise
 from model.sampling.filters import pick
-from server.protocol.messages import Sampling
+from model.sampling.params import SamplingParams
 from tests.support.slow_sampling import (
     Line,
     NearAnEdgeError,
@@ -73,7 +73,7 @@ def test_every_parameter_does_what_a_slow_loop_over_tokens_does(data):
 def test_drawn_frequencies_follow_the_documented_filters(parameters):
     parameters = {"temperature": 1.0} | parameters
     logits = np.random.default_rng(3).normal(0, 1.5, 12).astype(np.float32)
-    expected = slow_distribution(logits.tolist(), Sampling(**parameters))
+    expected = slow_distribution(logits.tolist(), SamplingParams(**parameters))
     rows = 6000
     counts = np.bincount(draw_many(logits, rows, **parameters), minlength=12) / rows
     for token, found in enumerate(counts):
@@ -90,7 +90,7 @@ def test_nothing_asked_draws_by_the_cumulative_softmax_at_the_uniform_number():
     torch.manual_seed(0)
     logits = torch.randn(400, 500) * 3
     seeds = np.arange(400, dtype=np.uint64)
-    drawn = draw_lines(logits, [Line(Sampling(temperature=1.0, seed=int(seed)), position=8) for seed in seeds])
+    drawn = draw_lines(logits, [Line(SamplingParams(temperature=1.0, seed=int(seed)), position=8) for seed in seeds])
     cumulative = logits.softmax(-1).double().cumsum(-1)
     target = torch.from_numpy(uniform_noise(seeds, np.full(400, 8)))[:, None] * cumulative[:, -1:]
     assert torch.equal(drawn.tokens, torch.searchsorted(cumulative, target, right=True)[:, 0])
@@ -122,9 +122,9 @@ def test_a_line_gets_the_same_alone_with_a_vocabulary_that_threads_would_share_o
     torch.manual_seed(5)
     logits = torch.randn(3, 70001) * 3
     lines = [
-        Line(Sampling(temperature=1.0, typical_p=0.95, num_top=3, seed=1)),
-        Line(Sampling(temperature=0.9, top_p=0.999, seed=2)),
-        Line(Sampling(num_top=2)),
+        Line(SamplingParams(temperature=1.0, typical_p=0.95, num_top=3, seed=1)),
+        Line(SamplingParams(temperature=0.9, top_p=0.999, seed=2)),
+        Line(SamplingParams(num_top=2)),
     ]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -146,7 +146,7 @@ def test_a_line_gets_the_same_alone_with_a_vocabulary_that_threads_would_share_o
 def test_lines_that_do_not_fit_into_memory_together_get_the_same_one_after_another(at_once):
     kinds = [{}, {"top_k": 9}, {"top_p": 0.9}, {"typical_p": 0.9}, {"min_p": 0.01}, {"temperature": 0.0}]
     parameters = [{"temperature": 1.0} | kinds[i % len(kinds)] for i in range(17)]  # 15 at random
-    lines = [Line(Sampling(num_top=i % 3, seed=i, **one), position=7 * i) for i, one in enumerate(parameters)]
+    lines = [Line(SamplingParams(num_top=i % 3, seed=i, **one), position=7 * i) for i, one in enumerate(parameters)]
     logits = torch.randn(len(lines), 40, generator=torch.Generator().manual_seed(1))
     together = draw_lines(logits, lines)
     with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +169,10 @@ def test_a_neighbour_s_top_p_does_not_cut_the_tail_of_a_line_without():
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 4
     logits = logits.sort(descending=True).values
     seed = 92574815  # its number at position 0 is the highest of many, 1 - 9e-9
-    plain, cut = Line(Sampling(temperature=1.0, seed=seed)), Line(Sampling(temperature=1.0, top_p=0.5, seed=seed))
+    plain, cut = (
+        Line(SamplingParams(temperature=1.0, seed=seed)),
+        Line(SamplingParams(temperature=1.0, top_p=0.5, seed=seed)),
+    )
     alone = draw_lines(logits[None], [plain]).tokens
     assert alone[0] > 732
     assert draw_lines(logits.repeat(2, 1), [plain, cut]).tokens[0] == alone[0]
@@ -178,7 +181,7 @@ def test_a_neighbour_s_top_p_does_not_cut_the_tail_of_a_line_without():
 def test_temperature_zero_takes_the_best_token_beside_random_lines():
     torch.manual_seed(0)
     logits = torch.randn(6, 50)
-    lines = [Line(Sampling(temperature=t, seed=i)) for i, t in enumerate([0.0, 1.0, 0.0, 1.0, 0.0, 0.5])]
+    lines = [Line(SamplingParams(temperature=t, seed=i)) for i, t in enumerate([0.0, 1.0, 0.0, 1.0, 0.0, 0.5])]
     drawn = draw_lines(logits, lines)
     assert drawn.tokens[[0, 2, 4]].tolist() == logits[[0, 2, 4]].argmax(-1).tolist()
     assert torch.allclose(drawn.logprobs, logits.log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0], atol=1e-6)
@@ -192,7 +195,7 @@ def test_the_coldest_temperatures_take_the_best_token(temperature):
 
 def test_of_equals_the_first_is_the_best():
     logits = torch.tensor([[-0.0, 2.0, 2.0, -1.0, 2.0, 0.0]])
-    drawn = draw_lines(logits, [Line(Sampling(num_top=6))])
+    drawn = draw_lines(logits, [Line(SamplingParams(num_top=6))])
     assert drawn.tokens.tolist() == [1]
     assert drawn.top_ids.tolist() == [[1, 2, 4, 0, 5, 3]]
 
@@ -214,9 +217,9 @@ def test_the_top_is_that_of_the_model_whatever_is_drawn():
     torch.manual_seed(3)
     logits = torch.randn(3, 40)
     lines = [
-        Line(Sampling(temperature=2.0, top_k=3, num_top=5, logit_bias=((7, 50.0),))),
-        Line(Sampling()),
-        Line(Sampling(num_top=2, repetition_penalty=9.0), prompt=tuple(range(20))),
+        Line(SamplingParams(temperature=2.0, top_k=3, num_top=5, logit_bias=((7, 50.0),))),
+        Line(SamplingParams()),
+        Line(SamplingParams(num_top=2, repetition_penalty=9.0), prompt=tuple(range(20))),
     ]
     drawn = draw_lines(logits, lines)
     values, ids = logits.log_softmax(-1).topk(5)
@@ -226,7 +229,7 @@ def test_the_top_is_that_of_the_model_whatever_is_drawn():
 
 
 def test_a_top_longer_than_the_vocabulary_is_the_vocabulary():
-    drawn = draw_lines(torch.tensor([[0.0, 1.0]]), [Line(Sampling(num_top=5))])
+    drawn = draw_lines(torch.tensor([[0.0, 1.0]]), [Line(SamplingParams(num_top=5))])
     assert drawn.top_ids.tolist() == [[1, 0]]
 
 
@@ -235,7 +238,7 @@ def test_a_line_without_numbers_shows_in_its_own_logprob_only(value):
     torch.manual_seed(4)
     features = {"top_k": 9, "top_p": 0.9, "typical_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "num_top": 2}
     lines = [
-        Line(Sampling(temperature=temperature, seed=seed, **chosen))
+        Line(SamplingParams(temperature=temperature, seed=seed, **chosen))
         for seed, (temperature, chosen) in enumerate(itertools.product([0.0, 1.0], [{}, features]))
     ]
     clean = torch.randn(4, 30)
@@ -256,7 +259,9 @@ def test_drawing_leaves_the_logits_as_they_were():
     logits = torch.randn(1, 9)
     before = logits.clone()
     line = Line(
-        Sampling(temperature=0.7, top_k=2, presence_penalty=1.0, logit_bias=((1, 2.0),), end_ids=(2,), min_new_tokens=1)
+        SamplingParams(
+            temperature=0.7, top_k=2, presence_penalty=1.0, logit_bias=((1, 2.0),), end_ids=(2,), min_new_tokens=1
+        )
     )
     draw_lines(logits, [line])
     assert torch.equal(logits, before)

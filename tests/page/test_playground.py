@@ -7,11 +7,14 @@ import httpx
 import msgspec
 import pytest
 
-from server.dialects.generate.replies import Details, GenerateEvent, TokenInfo
-from server.dialects.generate.schema import SAMPLING_FIELDS, Parameters
-from server.dialects.score.replies import ScoredToken, ScoreEvent, ScoreReply, TopToken
-from server.dialects.score.schema import MAX_TOP, ScoreRequest
+from server.dialects.generate.replies import Details, GenerateEvent
+from server.dialects.generate.schema import Parameters
+from server.dialects.inputs import MAX_TOP
+from server.dialects.sampling import FilterFields
+from server.dialects.score.replies import ScoreEvent, ScoreReply
+from server.dialects.score.schema import ScoreRequest
 from server.protocol.messages import Timings
+from server.requests.results import OutputToken, ScoredToken, TopToken
 from server.web.playground import FOLDER, INDEX, MEDIA_TYPES
 from tests.support.http_harness import make_client, make_link
 
@@ -131,12 +134,23 @@ async def test_what_is_not_part_of_the_page_is_not_there():
 # The API that the page uses
 
 
-def test_every_field_of_the_form_is_a_parameter_and_the_sampling_fields_are_marked():
-    fields = {attrs["name"]: attrs for tag, attrs in TAGS.found if tag == "input" and attrs.get("type") == "number"}
-    assert fields.keys() <= Parameters.model_fields.keys()
-    sampling = {name for name, attrs in fields.items() if "data-sampling" in attrs}
-    assert sampling - {"seed"} <= set(SAMPLING_FIELDS)
-    assert fields.keys() & set(SAMPLING_FIELDS) <= sampling, "else it would ask for sampling where greedy was chosen"
+async def test_the_form_is_made_of_all_numbers_that_shape_one_text():
+    described = {one["name"]: one for one in (await get("/info")).json()["parameters"]}
+    assert set(FilterFields.model_fields) == {name for name, one in described.items() if one["asks_for_sampling"]}
+    assert {"seed", "max_new_tokens", "repetition_penalty"} <= described.keys() <= Parameters.model_fields.keys()
+    assert described["temperature"]["maximum"] == 2
+    assert described["top_k"] == {
+        "name": "top_k",
+        "description": Parameters.model_fields["top_k"].description,
+        "type": "integer",
+        "default": None,
+        "minimum": 0,
+        "maximum": 2**31 - 1,
+        "asks_for_sampling": True,
+    }
+    ids = [attrs.get("id") for _, attrs in TAGS.found]
+    assert {"parameters", "more-parameters"} <= set(ids)
+    assert not described.keys() & set(ids), "no field is written by hand"
 
 
 def test_what_is_asked_of_score_is_a_valid_request():
@@ -150,7 +164,7 @@ def test_what_is_asked_of_score_is_a_valid_request():
 
 
 async def test_every_field_that_a_script_reads_is_in_a_reply():
-    replies = (GenerateEvent, TokenInfo, Details, Timings, ScoreEvent, ScoreReply, ScoredToken, TopToken)
+    replies = (GenerateEvent, OutputToken, Details, Timings, ScoreEvent, ScoreReply, ScoredToken, TopToken)
     known = {field.name for reply in replies for field in msgspec.structs.fields(reply)} | set(Parameters.model_fields)
     for path in ("/info", "/model/spans"):
         known |= set(re.findall(r'"(\w+)":', (await get(path)).text))

@@ -100,10 +100,10 @@ class FakeLink:
         first = seed if sampling.temperature else 0
         ending = self._endings[name]
         self.rows_used += 1
-        if message.prompt_scores:
+        if message.prompt_extras is not None and place == 0:
             targets = np.frombuffer(message.tokens, dtype="<i4")[1:]
             for chunk in _stretches(targets):
-                yield fake_scores(name, chunk, Extras())
+                yield fake_scores(name, chunk, message.prompt_extras)
         for i in range(message.max_new_tokens):
             if i == self.hang_after:
                 self.num_hanging += 1

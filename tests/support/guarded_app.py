@@ -13,9 +13,11 @@ from pydantic import SecretStr
 from starlette.responses import HTMLResponse, StreamingResponse
 
 from server.errors import ServerError, error_reply
+from server.requests.results import WorkSummary
 from server.runtime import JsonLines
 from server.web import openapi
 from server.web.auth import OPEN_PATHS, BearerAuth
+from server.web.exchange import exchange_of
 from server.web.request_log import RequestLog
 
 KEYS = ["correct-horse-battery", "staple/2+more=chars~~"]
@@ -42,8 +44,11 @@ def log_lines() -> Iterator[list[str]]:
     server.setLevel(before)
 
 
+SUMMARY = WorkSummary(sequences=1, prompt_tokens=3, finish_reasons=["length"], timings=[])
+
+
 def answer(request: Request, error: ServerError) -> Response:
-    body = error_reply(error, request_id=request.state.request_id)
+    body = error_reply(error, request_id=exchange_of(request.scope).request_id)
     return Response(msgspec.json.encode(body), status_code=error.status, media_type="application/json")
 
 
@@ -68,12 +73,12 @@ def make_app(*, keys: list[str] | None = None) -> FastAPI:
 
     @app.post("/echo")
     async def echo(request: Request) -> Response:
-        request.state.summary = lambda: {"prompt_tokens": 3}
+        exchange_of(request.scope).summary = lambda: SUMMARY
         return Response(await request.body())
 
     @app.post("/named")
     async def named(request: Request) -> Response:
-        request.state.request_id = "from-the-body"
+        exchange_of(request.scope).request_id = "from-the-body"
         return Response()
 
     @app.post("/bug")

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.sampling.params import SamplingParams
 from server.config import Settings
 from server.link.supervisor import EngineLink, Stream
-from server.protocol.messages import Ended, Generate, Sampling, Score, Scores, Token
+from server.protocol.messages import Ended, Generate, Score, Scores, Token
 
 ROOT = Path(__file__).parents[2]
 RUNNER = "tests.support.fake_runner:FakeRunner.load"
@@ -49,7 +50,7 @@ def packed(tokens: list[int]) -> bytes:
 
 
 def generate(link: EngineLink, name: str, tokens: list[int], *, max_new_tokens: int = FOR_EVER) -> Stream:
-    (stream,) = link.submit(Generate(name, packed(tokens), Sampling(), max_new_tokens))
+    (stream,) = link.submit(Generate(name, packed(tokens), SamplingParams(), max_new_tokens))
     return stream
 
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import strategies as st
 
 from model.sampling.draw import Draws, draw, uniform_noise
+from model.sampling.params import SamplingParams
 from model.sampling.penalties import History
-from server.protocol.messages import Sampling
 
 CLOSE = 1e-5  # how near to an edge the fp32 and the float64 computation may part
 
@@ -21,7 +21,7 @@ CLOSE = 1e-5  # how near to an edge the fp32 and the float64 computation may par
 class Line:
     """One line of a batch: how it is drawn, and where."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     position: int = 0
     num_generated: int = 0
     prompt: tuple[int, ...] = ()
@@ -49,7 +49,7 @@ def draw_lines(logits, lines):
 
 def draw_many(logits, count, **parameters):
     """Tokens of `count` lines with the same logits and seeds 0, 1, ..."""
-    lines = [Line(Sampling(seed=seed, **parameters), position=5) for seed in range(count)]
+    lines = [Line(SamplingParams(seed=seed, **parameters), position=5) for seed in range(count)]
     return draw_lines(torch.as_tensor(logits)[None].repeat(count, 1), lines).tokens.numpy()
 
 
@@ -138,7 +138,7 @@ def slow_draw(logits, line):
 def samplings(vocab_size):
     token = st.integers(0, vocab_size - 1)
     return st.builds(
-        Sampling,
+        SamplingParams,
         temperature=st.sampled_from([0.0, 0.3, 0.7, 1.0, 1.0, 2.0]),
         top_k=st.sampled_from([0, 0, 1, 2, 5, 40]),
         top_p=st.sampled_from([1.0, 1.0, 0.95, 0.6, 0.2, 0.01]),

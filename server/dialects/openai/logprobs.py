@@ -2,21 +2,10 @@
 
 from collections.abc import Sequence
 
-from model.tokenizer import BPE_EOS, StreamingDecoder, Tokenizer
-from server.dialects.generate.replies import TokenInfo
+from model.tokenizer import StreamingDecoder, Tokenizer
 from server.dialects.openai.replies import Logprobs
-from server.dialects.score.replies import ScoredToken, TopToken
-
-
-def token_name(tokenizer: Tokenizer, token: int) -> str:
-    r"""The text of a token, or where its bytes are no text "bytes:\xNN..."; no two tokens have the same."""
-    data = tokenizer.token_bytes(token)
-    if not data:
-        return BPE_EOS
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+from server.requests.results import OutputToken, ScoredToken, TopToken
+from server.requests.token_list import token_name
 
 
 class LogprobLister:
@@ -29,7 +18,7 @@ class LogprobLister:
         self._end = offset  # of what is certain so far
         self._lists = Logprobs([], [], [], [])
 
-    def add(self, token: TokenInfo | ScoredToken, *, top: Sequence[TokenInfo | TopToken]) -> None:
+    def add(self, token: OutputToken | ScoredToken, *, top: Sequence[OutputToken | TopToken]) -> None:
         """One more token, with the most probable ones in its place; its logprob is None where nothing came before."""
         self._lists.tokens.append(token_name(self._tokenizer, token.id))
         self._lists.token_logprobs.append(token.logprob)
@@ -41,7 +30,7 @@ class LogprobLister:
         taken, self._lists = self._lists, Logprobs([], [], [], [])
         return taken
 
-    def _by_name(self, top: Sequence[TokenInfo | TopToken | ScoredToken]) -> dict[str, float]:
+    def _by_name(self, top: Sequence[OutputToken | TopToken | ScoredToken]) -> dict[str, float]:
         return {token_name(self._tokenizer, one.id): one.logprob for one in top if one.logprob is not None}
 
     def _begin(self, token: int) -> int:

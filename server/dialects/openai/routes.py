@@ -1,117 +1,138 @@
 """POST /v1/completions: OpenAI's words for what POST /generate and POST /score do, and no generation of its own."""
 
-from typing import cast
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
 
-from model.tokenizer import Tokenizer
-from server.dialects.generate.replies import GenerateReply
-from server.dialects.openai.choices import CompletionRun, PromptPart, finish_of
-from server.dialects.openai.docs import DOCS
-from server.dialects.openai.logprobs import joined
-from server.dialects.openai.models import check_model
-from server.dialects.openai.replies import Choice, Completion
-from server.dialects.openai.schema import CompletionRequest, their_names
-from server.dialects.openai.stream import CompletionStream
-from server.dialects.score.replies import ScoredToken
-from server.protocol.json import encode
-from server.requests.generation import Generation
-from server.requests.offload import beside_the_loop
-from server.requests.plan import GenerationPlan, make_plans
+from server.dialects.openai.choices import Shape
+from server.dialects.openai.replies import Choice, Completion, Logprobs, Usage
+from server.dialects.openai.schema import CompletionRequest
+from server.dialects.openai.work import DONE, Asked, GeneratedCompletion, ScoredCompletion
+from server.dialects.sampling import plan_generations
+from server.errors import Cancelled, InvalidField, ModelNotFound
+from server.protocol.json import encode_event
+from server.protocol.messages import Generate, Score
+from server.requests.group import GenerationGroup
+from server.requests.plan import GenerationPlan
 from server.requests.prompts import read_prompts
-from server.requests.service import Service
-from server.web.body import parse, read_body
-from server.web.event_stream import EventStream, while_connected
-
-JSON_BYTES = 256  # of a listed token, about
-
-
-def completions_router(service: Service) -> APIRouter:
-    """The endpoint of OpenAI's clients."""
-    router = APIRouter(tags=["openai"])
-
-    @router.post("/v1/completions", summary="Continue or score texts, for OpenAI's clients", **DOCS)
-    async def completions(request: Request) -> Response:
-        return await _answer(request, service=service)
-
-    return router
+from server.requests.scoring import Document, Scoring, ScoringPlan
+from server.requests.service import LiveSequence, Service
+from server.web import openapi
+from server.web.endpoint import Endpoint
+from server.web.engine_request import EngineRoad
 
 
-async def _answer(request: Request, *, service: Service) -> Response:
-    service.check_admission(1)  # before the work of reading
-    raw = await read_body(request, max_bytes=service.settings.max_body_bytes)
-    body = await beside_the_loop(lambda: _parse(raw), size=len(raw))
-    run = await _start(request, body=body, num_bytes=len(raw), service=service)
-    request.state.summary = run.summary
-    if body.stream:
-        stream = CompletionStream(run, include_usage=body.stream_options.include_usage)
-        return EventStream(stream.jobs(), request_id=run.request_id, close=run.close)
-    return await _plain(request, run=run)
+@dataclass(frozen=True, kw_only=True)
+class CompletionPlan:
+    """A checked request: the prompts are continued, or only scored."""
+
+    service: Service
+    plans: list[GenerationPlan]
+    generates: bool
+    asked: Asked
+
+    def messages(self, new_id: Callable[[], str]) -> list[Generate | Score]:
+        """What the engine is told."""
+        if self.generates:
+            return [plan.message(new_id) for plan in self.plans]
+        return [_document(plan, new_id) for plan in self.plans]
+
+    def begin(self, live: list[LiveSequence], *, request_id: str) -> "GeneratedCompletion | ScoredCompletion":
+        """The work of the sequences."""
+        service, asked = self.service, self.asked
+        shape = Shape(
+            id=f"cmpl-{request_id}",
+            created=int(time.time()),
+            model=service.model_name,
+            fingerprint=service.fingerprint,
+            tokenizer=service.tokenizer,
+            lists_logprobs=asked.lists_logprobs,
+            usage=None if asked.include_usage else UNSET,
+        )
+        if self.generates:
+            is_alone = len(self.plans) * asked.n == 1
+            group = GenerationGroup.of(self.plans, live=live, service=service, num_returned=asked.n, is_alone=is_alone)
+            return GeneratedCompletion(group, asked=asked, shape=shape)
+        plans = [_scoring_plan(plan) for plan in self.plans]
+        scorings = [Scoring(plan, live=one, service=service) for plan, one in zip(plans, live, strict=True)]
+        return ScoredCompletion(scorings, asked=asked, shape=shape)
 
 
-def _parse(raw: bytes) -> CompletionRequest:
-    with their_names():
-        return parse(raw, model=CompletionRequest)
-
-
-async def _start(request: Request, *, body: CompletionRequest, num_bytes: int, service: Service) -> CompletionRun:
-    """Admit all sequences of a request or none. Raises as `check_model`, `_plans` and the service do."""
-    if body.request_id is not None:
-        request.state.request_id = body.request_id
-    check_model(body.model, service=service)
-    service.check_admission(body.num_sequences, num_tokens=num_bytes, field="prompt")  # before the work of tokenising
-    timeout_s = service.deadline(body.timeout_s)
-    plans = await beside_the_loop(
-        lambda: _plans(body, tokenizer=service.tokenizer, timeout_s=timeout_s), size=num_bytes
+def _plan(body: CompletionRequest, service: Service) -> CompletionPlan:
+    service.check_model(body.model)
+    tokenizer = service.tokenizer
+    plans = plan_generations(
+        body,
+        prompts=read_prompts(body.prompt, field="prompt", tokenizer=tokenizer),
+        tokenizer=tokenizer,
+        timeout_s=service.deadline(body.timeout_s),
+        prompt_extras=body.prompt_extras,
     )
-    return CompletionRun.start(body, plans=plans, service=service, request_id=request.state.request_id)
+    asked = Asked(
+        n=body.n,
+        echoes=[tokenizer.decode(plan.tokens.tolist()) for plan in plans] if body.echo else None,
+        lists_logprobs=body.logprobs is not None,
+        include_usage=body.stream_options.include_usage,
+        user=body.user,
+    )
+    return CompletionPlan(service=service, plans=plans, generates=body.max_tokens > 0, asked=asked)
 
 
-def _plans(body: CompletionRequest, *, tokenizer: Tokenizer, timeout_s: float | None) -> list[GenerationPlan]:
-    with their_names():
-        prompts = read_prompts(body.prompt, tokenizer=tokenizer)
-        return make_plans(body.parameters, prompts=prompts, tokenizer=tokenizer, timeout_s=timeout_s)
+def _document(plan: GenerationPlan, new_id: Callable[[], str]) -> Score:
+    assert plan.prompt_extras is not None
+    document = Document(plan.tokens[:0], (plan.tokens,))
+    return document.message(new_id, extras=plan.prompt_extras, timeout_s=plan.timeout_s)
 
 
-async def _plain(request: Request, *, run: CompletionRun) -> Response:
-    scorings, details = [one.tokens() for one in run.scorings], run.asked.logprobs
-    folds = [one.fold(details=details) for one in run.group.generations]
-    try:
-        results = await while_connected(request.receive, [*scorings, *folds])
-    finally:
-        run.close()
-    scored = cast("list[list[ScoredToken]]", results[: len(scorings)])
-    replies = cast("list[GenerateReply]", results[len(scorings) :])
-    usage = run.usage()
-    size = JSON_BYTES * usage.total_tokens if details else 0
-    answer = await beside_the_loop(lambda: encode(_completion(run, scored=scored, replies=replies)), size=size)
-    return Response(answer, media_type="application/json")
+def _scoring_plan(plan: GenerationPlan) -> ScoringPlan:
+    assert plan.prompt_extras is not None
+    return ScoringPlan(
+        tokens=plan.tokens, num_scored=len(plan.tokens) - 1, lists_tokens=True, extras=plan.prompt_extras
+    )
 
 
-def _completion(run: CompletionRun, *, scored: list[list[ScoredToken]], replies: list[GenerateReply]) -> Completion:
-    prompts = [
-        run.prompt_part(number, scored=scored[number] if scored else ()) for number in range(len(run.group.plans))
-    ]
-    if run.asked.generates:
-        pairs = enumerate(run.group.returned(replies))
-        choices = [_choice(run, index, prompts[index // run.asked.n], *pair) for index, pair in pairs]
-    else:
-        ends = finish_of("length")
-        choices = [Choice(index, one.text, one.logprobs, ends) for index, one in enumerate(prompts)]
-    return run.completion(choices, usage=run.usage())
+_REQUESTS: dict[str, dict[str, Any]] = {
+    "a text": {"model": "default", "prompt": "It was a", "max_tokens": 64, "temperature": 0.8},
+    "until a line ends": {"prompt": "It was a", "stop": "\n", "temperature": 0},
+    "several choices": {"prompt": ["It was", "Rain fell"], "n": 2, "best_of": 4, "seed": 42},
+    "scores of the prompt": {"prompt": [73, 116], "max_tokens": 0, "echo": True, "logprobs": 1},
+    "a stream": {"prompt": "It was a", "stream": True, "stream_options": {"include_usage": True}},
+}
+_LOGPROBS = Logprobs(["I", "t"], [None, -0.5], [None, {" ": -0.25, "t": -0.5}], [0, 1])
+_USAGE = Usage(2, 0, 2)
 
 
-def _choice(run: CompletionRun, index: int, prompt: PromptPart, generation: Generation, reply: GenerateReply) -> Choice:
-    assert generation.details is not None
-    text = prompt.text + reply.generated_text
-    finish = finish_of(generation.details.finish_reason)
-    lister = run.lister(prompt)
-    if lister is None:
-        return Choice(index, text, None, finish)
-    assert reply.details
-    tokens = reply.details.tokens or []
-    tops = reply.details.top_tokens or [[]] * len(tokens)
-    for token, top in zip(tokens, tops, strict=True):
-        lister.add(token, top=top)
-    logprobs = lister.take() if prompt.logprobs is None else joined(prompt.logprobs, lister.take())
-    return Choice(index, text, logprobs, finish)
+def _example(choices: list[Choice], usage: Usage | None) -> Completion:
+    fingerprint = "0c6f1d2e9a51-float32-cpu-chunk64-0.1.0"
+    return Completion("cmpl-6f1c0e4a", "text_completion", 1_764_000_000, "default", fingerprint, choices, usage)
+
+
+_EVENTS = (
+    _example([Choice(0, " dark")], None),
+    _example([Choice(0, " night", None, "stop")], None),
+    _example([], _USAGE),
+)
+_ERRORS = (
+    *(one for one in openapi.ENDPOINT_ERRORS if not isinstance(one, InvalidField)),
+    InvalidField.of("temperature", value=3, allowed="it should be at least 0 and at most 2"),
+    Cancelled("cancelled: 4096 of 30000 tokens had been scored"),
+    ModelNotFound.of("gpt", name="default"),
+)
+
+ENDPOINTS = (
+    Endpoint(
+        method="POST",
+        path="/v1/completions",
+        tag="openai",
+        summary="Continue or score texts, for OpenAI's clients",
+        make=EngineRoad(CompletionRequest, plan=_plan),
+        body=CompletionRequest,
+        examples=_REQUESTS,
+        reply=_example([Choice(0, "It", _LOGPROBS, "length")], _USAGE),
+        stream=(b"".join(map(encode_event, _EVENTS)) + DONE).decode(),
+        errors=_ERRORS,
+    ),
+)

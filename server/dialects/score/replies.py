@@ -1,29 +1,13 @@
 """What POST /score says on success: typed structs that encode straight to JSON bytes. Knows no model and no HTTP."""
 
+from dataclasses import replace
+from typing import Literal
+
 from msgspec import UNSET, Struct, UnsetType
 
+from server.requests.results import ScoredToken, ScoreOutput, TextScore
 
-class TopToken(Struct, frozen=True):
-    """A token that could have stood there. Its `text` is that of its own bytes, so part of a character is U+FFFD."""
-
-    id: int
-    text: str
-    logprob: float
-
-
-class ScoredToken(Struct, frozen=True):
-    """One token of a scored text. Its figures are null where nothing came before it, and absent if not asked for.
-
-    `text` is what became certain with it, so the texts joined are the whole. Rank 0 is the model's first choice.
-    """
-
-    id: int
-    text: str
-    logprob: float | None = None  # nats
-    rank: int | None = None
-    top: list[TopToken] | UnsetType | None = UNSET  # most probable first
-    entropy: float | UnsetType | None = UNSET  # nats
-    memory_share: list[float] | UnsetType | None = UNSET  # of each layer
+Unit = Literal["token", "byte", "char", "word"]
 
 
 class ScoreReply(Struct, frozen=True):
@@ -51,3 +35,39 @@ class ScoreEvent(Struct, frozen=True):
     sequence: int | UnsetType = UNSET  # which reply of a list, from 0; lists of lists are numbered through
     tokens: list[ScoredToken] | UnsetType = UNSET  # those that are new
     reply: ScoreReply | None = None
+
+
+def score_reply(score: TextScore, *, unit: Unit) -> ScoreReply:
+    """All figures of a text; `perplexity` is per the unit."""
+    figures = score.figures
+    num_units = {
+        "token": figures.num_tokens,
+        "byte": figures.num_bytes,
+        "char": figures.num_chars,
+        "word": figures.num_words,
+    }[unit]
+    return ScoreReply(
+        num_tokens=figures.num_tokens,
+        num_bytes=figures.num_bytes,
+        num_chars=figures.num_chars,
+        num_words=figures.num_words,
+        logprob=figures.logprob,
+        # As if each unit were a token: so it is the shared function that decides what a perplexity is.
+        perplexity=replace(figures, num_tokens=num_units).perplexity,
+        word_perplexity=figures.word_perplexity,
+        bits_per_token=figures.bits_per_token,
+        bits_per_byte=figures.bits_per_byte,
+        bits_per_char=figures.bits_per_char,
+        is_greedy=score.is_greedy,
+    )
+
+
+def score_event(output: ScoreOutput, *, unit: Unit, lists_tokens: bool, sequence: int | UnsetType) -> ScoreEvent:
+    """The event of an output. sequence: the number that the event carries."""
+    return ScoreEvent(
+        output.num_done,
+        output.num_tokens,
+        sequence=sequence,
+        tokens=output.tokens if lists_tokens else UNSET,
+        reply=None if output.score is None else score_reply(output.score, unit=unit),
+    )

@@ -4,40 +4,39 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
-from server.dialects.inputs import Inputs, Prefix, RequestId, TimeoutS
-from server.errors import InvalidField
+from server.dialects.inputs import MAX_TOP, Inputs, Prefix
+from server.dialects.score.replies import Unit
 from server.protocol.messages import Extras
 from server.requests.prompts import is_list_of_inputs, num_inputs
-from server.web.body import RequestBody
+from server.web.body import FieldError, RequestId, TimeoutS
+from server.web.engine_request import EngineRequest
 
 MAX_CONTINUATIONS = 1024  # of one input
-MAX_TOP = 20
-
-Unit = Literal["token", "byte", "char", "word"]
 Texts = Annotated[
     list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CONTINUATIONS)
 ]  # for the description only, see `_read_continuations`
 
 
 def _read_continuations(value: Any) -> list[str] | list[list[str]]:
-    """Checked by hand, for pydantic would name the forms it tried where only the place of the fault is of interest."""
+    """Check by hand, for pydantic would name the forms that it tried where only the place of the fault matters."""
     if isinstance(value, list) and value and isinstance(value[0], list):
         for i, texts in enumerate(value):
-            _check_texts(texts, field=f"continuations.{i}")
+            _check_texts(texts, place=(str(i),))
     else:
-        _check_texts(value, field="continuations")
+        _check_texts(value, place=())
     return value  # type: ignore[no-any-return]
 
 
-def _check_texts(texts: Any, *, field: str) -> None:
+def _check_texts(texts: Any, *, place: tuple[str, ...]) -> None:
     allowed = f"it should be a list of 1 to {MAX_CONTINUATIONS} texts"
     if not isinstance(texts, list):
-        raise InvalidField.of(field, value=texts, allowed=allowed)
+        raise FieldError.of(".".join(place), value=texts, allowed=allowed)
     if not 1 <= len(texts) <= MAX_CONTINUATIONS:
-        raise InvalidField(f"{field}: a list of {len(texts)} is not allowed; {allowed}", param=field)
+        raise FieldError(".".join(place), f"a list of {len(texts)} is not allowed; {allowed}")
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text:
-            raise InvalidField.of(f"{field}.{i}", value=text, allowed="it should be a text of at least one character")
+            where = ".".join((*place, str(i)))
+            raise FieldError.of(where, value=text, allowed="it should be a text of at least one character")
 
 
 Continuations = Annotated[
@@ -45,7 +44,7 @@ Continuations = Annotated[
 ]
 
 
-class ScoreRequest(RequestBody):
+class ScoreRequest(EngineRequest):
     """Body of POST /score."""
 
     inputs: Inputs
@@ -75,25 +74,23 @@ class ScoreRequest(RequestBody):
     timeout_s: TimeoutS | None = Field(
         default=None, description="seconds after which the request is given up (408); the server's own if not set"
     )
-    request_id: RequestId | None = Field(
-        default=None, description="the request's name, for DELETE /requests/{id}; wins over the header X-Request-Id"
-    )
+    request_id: RequestId = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if "top" in self.model_fields_set and "top" not in self.return_:
-            raise InvalidField.of("top", value=self.top, allowed="it goes with `return: [top]` only")
+            raise FieldError.of("top", value=self.top, allowed="it goes with `return: [top]` only")
         if self.continuations is None:
             return self
         is_nested = isinstance(self.continuations[0], list)
         if is_nested != is_list_of_inputs(self.inputs):
             allowed = "one input takes a list of texts" if is_nested else "a list of inputs takes a list of lists"
-            raise InvalidField.of("continuations", value=self.continuations, allowed=allowed)
+            raise FieldError.of("continuations", value=self.continuations, allowed=allowed)
         if is_nested and len(self.continuations) != num_inputs(self.inputs):
-            raise InvalidField(
-                f"continuations: {len(self.continuations)} lists are not allowed; it should be one for each of the "
+            raise FieldError(
+                "continuations",
+                f"{len(self.continuations)} lists are not allowed; it should be one for each of the "
                 f"{num_inputs(self.inputs)} inputs",
-                param="continuations",
             )
         return self
 
@@ -103,11 +100,16 @@ class ScoreRequest(RequestBody):
         return is_list_of_inputs(self.inputs) + (self.continuations is not None)
 
     @property
-    def num_replies(self) -> int:
+    def num_sequences(self) -> int:
         """How many texts there are to score, each a sequence of its own."""
         if self.continuations is None:
             return num_inputs(self.inputs)
         return sum(1 if isinstance(one, str) else len(one) for one in self.continuations)
+
+    @property
+    def counted_field(self) -> str:
+        """What asks for so many."""
+        return "inputs" if self.continuations is None else "continuations"
 
     @property
     def extras(self) -> Extras:

@@ -1,7 +1,8 @@
 // Puts the page together: the facts at its top, the theme, and the three sections.
 
 import { call } from "./api.js";
-import { setUpGenerate } from "./generate.js";
+import { setUpGenerate, showMode } from "./generate.js";
+import { showParameters } from "./parameters.js";
 import { showSpans } from "./spans.js";
 import { setUpSurprisal } from "./surprisal.js";
 
@@ -27,6 +28,8 @@ async function showModel() {
   try {
     const info = await (await call("info")).json();
     $("facts").textContent = facts(info).join(" · ");
+    showParameters(info.parameters);
+    showMode();
     showSpans(await (await call("model/spans")).json(), info);
   } catch (error) {
     $("spans-error").textContent = error.message;

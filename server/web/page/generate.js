@@ -44,7 +44,8 @@ export function setUpGenerate({ measure }) {
   $("measure-output").addEventListener("click", () => measure(output.textContent));
 }
 
-function showMode() {
+/** Say what the chosen mode does, and disable the fields that it has no use for. */
+export function showMode() {
   const mode = form.elements.mode.value;
   $("mode-note").textContent = MODES[mode];
   for (const input of form.elements) if ("sampling" in input.dataset) input.disabled = mode === "greedy";

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
+from dataclasses import asdict, replace
 from typing import Any
 
 import httpx
 import pytest
 
-from server.protocol.messages import Generate
+from server.protocol.messages import Extras, Generate
 from tests.support.completion_harness import PATH, choices_of, complete, refusal, stream
 from tests.support.fake_link import FakeLink
 from tests.support.http_harness import SCRIPT, eventually, make_client, make_link, post
@@ -57,9 +58,7 @@ async def test_null_is_the_default_of_every_field_but_the_prompt():
     assert isinstance(first, Generate)
     assert isinstance(second, Generate)
     assert first.max_new_tokens == second.max_new_tokens
-    assert {name: getattr(first.sampling, name) for name in first.sampling.__struct_fields__ if name != "seed"} == {
-        name: getattr(second.sampling, name) for name in second.sampling.__struct_fields__ if name != "seed"
-    }
+    assert replace(first.sampling, seed=0) == replace(second.sampling, seed=0)
     assert (await refusal({"prompt": None}))["param"] == "prompt"
     assert (await refusal({}))["message"] == "prompt: missing"
 
@@ -90,7 +89,7 @@ async def test_every_setting_reaches_the_engine_in_our_words():
     await complete(link, prompt=[1, 2], **body)
     (message,) = link.submitted
     assert isinstance(message, Generate)
-    assert {name: getattr(message.sampling, name) for name in message.sampling.__struct_fields__} == {
+    assert asdict(message.sampling) == {
         "temperature": 0.5,
         "top_k": 7,
         "top_p": 0.75,
@@ -105,7 +104,7 @@ async def test_every_setting_reaches_the_engine_in_our_words():
         "num_top": 4,
         "seed": 2**64 - 1,
     }
-    assert (message.max_new_tokens, message.timeout_s, message.prompt_scores) == (3, 60, False)
+    assert (message.max_new_tokens, message.timeout_s, message.prompt_extras) == (3, 60, None)
 
 
 @pytest.mark.parametrize("top_k", [0, -1])
@@ -229,12 +228,22 @@ async def test_a_full_queue_and_a_body_that_is_no_json_are_told_as_everywhere():
         assert (await client.get(PATH)).status_code == 405
 
 
-async def test_scoring_counts_for_the_limit_of_sequences():
+@pytest.mark.parametrize("max_tokens", [0, 1])
+async def test_each_scored_prompt_counts_once_for_the_limit_of_sequences(max_tokens):
     async with make_client(make_link(), num_rows=2, max_waiting=1) as client:
-        scored = {"prompt": ["a", "b"], "echo": True, "logprobs": 1, "max_tokens": 0}
+        scored = {"prompt": ["a", "b", "c"], "echo": True, "logprobs": 1, "max_tokens": max_tokens}
         assert (await client.post(PATH, json=scored)).status_code == 200
-        reply = await client.post(PATH, json={**scored, "max_tokens": 1})
+        reply = await client.post(PATH, json={**scored, "prompt": ["a", "b", "c", "d"]})
     assert (reply.status_code, reply.json()["error"]["param"]) == (422, "prompt")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_prompt_that_is_scored_and_continued_is_read_once(streamed):
+    link = make_link()
+    body = {"prompt": ["ab", "cd"], "echo": True, "logprobs": 2, "max_tokens": 3, "n": 2, "stream": streamed}
+    assert (await post(PATH, body, link=link)).status_code == 200
+    assert [type(message) for message in link.submitted] == [Generate, Generate]
+    assert [message.prompt_extras for message in link.submitted] == [Extras(num_top=2)] * 2
 
 
 async def test_a_deadline_that_passes_before_any_token_is_a_408():
@@ -251,7 +260,6 @@ async def test_the_log_tells_who_asked_and_no_text(caplog):
         await complete(prompt="secret", max_tokens=3, user="ann", echo=True, logprobs=0)
     fields = caplog.records[-1].fields
     assert (fields["path"], fields["user"], fields["prompt_tokens"], fields["generated_tokens"]) == (PATH, "ann", 6, 3)
-    assert fields["scored_tokens"] == 5
     assert "secret" not in str(fields)
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from model.tokenizer import BytesTokenizer
 from server.app import create_app
 from server.config import Settings
-from server.dialects.generate.replies import TokenInfo
 from server.dialects.openai.logprobs import LogprobLister
 from server.link.mailbox import Stream
-from server.protocol.messages import Generate, Score
+from server.protocol.messages import Extras, Generate, Score
+from server.requests.results import OutputToken
 from tests.support.completion_harness import PATH, choices_of, complete, read_chunks, stream
 from tests.support.fake_link import FakeLink, fake_logprobs
 from tests.support.http_harness import SCRIPT, eventually, make_bundle, make_client, make_link
@@ -49,11 +49,9 @@ async def test_with_echo_they_cover_the_prompt_exactly_and_its_first_entry_is_nu
         "top_logprobs": [None, {"b": scores[0]}, {"c": scores[1]}, {"T": -0.5}],
         "text_offset": [0, 1, 2, 3],
     }
-    score, generate = link.submitted
-    assert isinstance(score, Score)
-    assert isinstance(generate, Generate)
-    assert score.tokens == generate.tokens
-    assert (score.extras.num_top, score.num_shared) == (1, 0)
+    (told,) = link.submitted
+    assert isinstance(told, Generate)
+    assert told.prompt_extras == Extras(num_top=1)
 
 
 async def test_without_max_tokens_the_prompts_are_scored_and_nothing_is_generated():
@@ -91,7 +89,7 @@ def test_every_whole_token_is_in_the_text_where_its_offset_says(ids, before):
     tokenizer = BytesTokenizer()
     lister = LogprobLister(tokenizer, offset=before)
     for token in ids:
-        lister.add(TokenInfo(token, "", -1.0, special=False), top=())
+        lister.add(OutputToken(token, "", -1.0, special=False), top=())
     lists, text = lister.take(), "." * before + tokenizer.decode(ids)
     assert lists.text_offset == sorted(lists.text_offset)
     assert all(before <= offset < len(text) for offset in lists.text_offset)
@@ -159,11 +157,11 @@ async def test_a_client_that_leaves_frees_every_row(streamed):
     async with make_client(link) as client:
         body = {"prompt": ["ab", "cd"], "echo": True, "logprobs": 0, "stream": streamed}
         request = asyncio.create_task(client.post(PATH, json=body))
-        await eventually(lambda: len(link.submitted) == 4)
+        await eventually(lambda: len(link.submitted) == 2)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
-        await eventually(lambda: len(link.cancelled) == 4)
+        await eventually(lambda: len(link.cancelled) == 2)
         link.hang_after = None
         assert (await client.post(PATH, json=body)).status_code == 200
 
@@ -194,4 +192,4 @@ async def test_a_request_that_ends_before_anybody_waits_for_its_rows_frees_them(
     scope = {"type": "http", "method": "POST", "path": PATH, "headers": [], "query_string": b""}
     with pytest.raises(asyncio.CancelledError):
         await asyncio.create_task(app(scope, receive, send))
-    assert len(link.cancelled) == len(link.submitted) == 4
+    assert len(link.cancelled) == len(link.submitted) == 2

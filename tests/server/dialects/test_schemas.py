@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from server.dialects.generate.schema import MAX_BEST_OF, MAX_IDS, MAX_STOP_CHARS, GenerateRequest, Parameters
+from server.dialects.generate.schema import GenerateRequest, Parameters
+from server.dialects.sampling import MAX_BEST_OF, MAX_IDS, MAX_STOP_CHARS
 from server.dialects.score.schema import ScoreRequest
 from server.errors import InvalidField, MalformedRequest, RequestError
 from server.web.body import parse
@@ -127,6 +128,7 @@ def test_the_edges_of_the_ranges_are_legal():
         "n": 8,
         "best_of": 16,
         "top_n_tokens": 20,
+        "details": True,
         "stop_token_ids": [1] * MAX_IDS,
         "logit_bias": {str(id): 100 for id in range(MAX_IDS)},
     }
@@ -192,12 +194,11 @@ def test_fields_that_contradict_each_other_are_both_named(given, param, words):
 
 @pytest.mark.parametrize("given", [{"top_n_tokens": 2}, {"decoder_input_details": True}, {"logprobs": True}])
 def test_what_only_details_can_hold_needs_details_in_a_plain_reply_but_not_in_a_stream(given):
-    parameters = generate(inputs="a", parameters=given).parameters
-    parameters.check_reply(stream=True)
-    with pytest.raises(InvalidField, match="details: true") as caught:
-        parameters.check_reply(stream=False)
-    assert caught.value.param == f"parameters.{next(iter(given))}"
-    generate(inputs="a", parameters={**given, "details": True}).parameters.check_reply(stream=False)
+    generate(inputs="a", parameters=given, stream=True)
+    error = complaint(inputs="a", parameters=given)
+    assert "details: true" in error.message
+    assert error.param == f"parameters.{next(iter(given))}"
+    generate(inputs="a", parameters={**given, "details": True})
 
 
 @pytest.mark.parametrize(
@@ -205,11 +206,8 @@ def test_what_only_details_can_hold_needs_details_in_a_plain_reply_but_not_in_a_
     [({"best_of": 2, "do_sample": True}, True, "best_of"), ({"max_new_tokens": None}, False, "max_new_tokens")],
 )
 def test_what_one_kind_of_reply_cannot_do_is_legal_in_the_other(given, stream, param):
-    parameters = generate(inputs="a", parameters=given).parameters
-    parameters.check_reply(stream=not stream)
-    with pytest.raises(InvalidField) as caught:
-        parameters.check_reply(stream=stream)
-    assert caught.value.param == f"parameters.{param}"
+    generate(inputs="a", parameters=given, stream=not stream)
+    assert complaint(inputs="a", parameters=given, stream=stream).param == f"parameters.{param}"
 
 
 def test_tokens_are_biased_by_their_ids_as_json_keys_or_as_numbers():

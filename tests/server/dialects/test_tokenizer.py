@@ -6,8 +6,8 @@ import pytest
 from model.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer, train_bpe, train_words
 from server.app import create_app
 from server.config import Settings
-from server.dialects.openai.logprobs import token_name
 from server.dialects.special_tokens import SpecialTokens
+from server.requests.token_list import token_name
 from tests.support.http_harness import make_bundle, make_client, make_link, post
 
 pytestmark = pytest.mark.anyio

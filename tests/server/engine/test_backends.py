@@ -86,6 +86,17 @@ def torch_server() -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.parametrize("length", [20, 64, 200])
+def test_a_prompt_that_is_told_has_the_figures_of_its_score(torch_server, length):
+    ids = torch_server.post("/tokenize", {"prompt": TEXT[:length]})["tokens"]
+    scored = [one["logprob"] for one in torch_server.post("/score", {"inputs": ids, "return": ["tokens"]})["tokens"]]
+    asked = {"inputs": ids, "parameters": {"max_new_tokens": 1, "details": True, "decoder_input_details": True}}
+    told = [one["logprob"] for one in torch_server.post("/generate", asked)["details"]["prefill"]]
+    echoed = torch_server.post("/v1/completions", {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 0})
+    assert told[1:] == pytest.approx(scored[1:], abs=1e-5)
+    assert echoed["choices"][0]["logprobs"]["token_logprobs"][: len(ids)] == told
+
+
 @pytest.fixture(scope="module", params=EACH_BACKEND[1:])
 def other(request) -> str:
     return request.param

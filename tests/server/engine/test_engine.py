@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.sampling.params import SamplingParams
 from server.engine.engine import Engine
-from server.protocol.messages import Generate, Sampling, Score, Step
+from server.protocol.messages import Extras, Generate, Score, Step
 from tests.support.fake_runner import (
     NOT_A_NUMBER_TOKEN,
     OUT_OF_MEMORY_TOKEN,
@@ -22,7 +23,7 @@ def packed(tokens):
 
 
 def generate(name, tokens, *, max_new_tokens=5, end_ids=(), **options):
-    return Generate(name, packed(tokens), Sampling(end_ids=tuple(end_ids)), max_new_tokens, **options)
+    return Generate(name, packed(tokens), SamplingParams(end_ids=tuple(end_ids)), max_new_tokens, **options)
 
 
 def continuation(tokens, length):
@@ -140,7 +141,7 @@ def test_a_failure_of_one_rows_decoding_ends_that_row_alone():
 
     engine = Engine(Fragile())
     for name in range(3):
-        engine.submit(Generate(str(name), packed([name + 1]), Sampling(seed=name), 10))
+        engine.submit(Generate(str(name), packed([name + 1]), SamplingParams(seed=name), 10))
     log = Log().drain(engine)
     assert [log.ended[name].finish_reason for name in "012"] == ["length", "error", "length"]
     assert log.tokens["0"] == continuation([1], 10)
@@ -214,14 +215,14 @@ def test_reading_takes_no_longer_than_the_generating_can_bear():
 def test_forks_read_their_prompt_once_and_continue_it_each_in_its_own_way():
     runner = FakeRunner(2)
     engine = Engine(runner, chunk_tokens=4)
-    sampling = Sampling(temperature=1.0, seed=1)
+    sampling = SamplingParams(temperature=1.0, seed=1)
     forks = (("b", 2), ("c", 3), ("d", 4))
     engine.submit(Generate("a", packed(range(20, 30)), sampling, 6, forks=forks))
     log = Log().drain(engine)
     assert sum(size for kind, size in runner.calls if kind == "extend") == 10
     for name, seed in (("a", 1), *forks):
         alone = Engine(FakeRunner(1))
-        alone.submit(Generate("alone", packed(range(20, 30)), Sampling(temperature=1.0, seed=seed), 6))
+        alone.submit(Generate("alone", packed(range(20, 30)), SamplingParams(temperature=1.0, seed=seed), 6))
         assert log.tokens[name] == Log().drain(alone).tokens["alone"]
         assert log.ended[name].finish_reason == "length"
 
@@ -243,8 +244,8 @@ def test_continuations_are_scored_from_one_reading_of_their_context(num_shared):
 
 def test_prompt_scores_come_before_the_first_token():
     engine = Engine(FakeRunner(), chunk_tokens=4)
-    engine.submit(generate("a", range(20, 30), prompt_scores=True))
-    engine.submit(generate("single", [20], prompt_scores=True))
+    engine.submit(generate("a", range(20, 30), prompt_extras=Extras()))
+    engine.submit(generate("single", [20], prompt_extras=Extras()))
     log = Log().drain(engine)
     assert log.scores["a"] == [-n / 8 for n in range(1, 10)]
     assert "single" not in log.scores
@@ -255,7 +256,7 @@ def test_prompt_scores_come_before_the_first_token():
 @pytest.mark.parametrize("who", ["a", "b"])
 def test_a_cancelled_member_leaves_no_row_behind(who, when):
     engine = Engine(FakeRunner(1), chunk_tokens=4)
-    sampling = Sampling(temperature=1.0, seed=1)
+    sampling = SamplingParams(temperature=1.0, seed=1)
     engine.submit(Generate("a", packed(range(20, 28)), sampling, 6, forks=(("b", 2), ("c", 3))))
     log = Log()
     for _ in range(when):

@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.sampling.params import SamplingParams
 from server.engine.scheduler import Move, Scheduler
 from server.engine.sequence import Phase, Sequence
-from server.protocol.messages import Generate, Sampling, Score
+from server.protocol.messages import Generate, Score
 
 
 def prompt(name, length):
-    return Sequence(Generate(name, np.zeros(length, "<i4").tobytes(), Sampling(), 9), submitted=0.0)
+    return Sequence(Generate(name, np.zeros(length, "<i4").tobytes(), SamplingParams(), 9), submitted=0.0)
 
 
 def document(name, length, *, num_shared=0):

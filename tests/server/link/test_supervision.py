@@ -38,7 +38,7 @@ PARENT = f"""
 import asyncio, sys, uvloop
 from server.config import Settings
 from server.link.supervisor import EngineLink
-from server.protocol.messages import Generate, Sampling
+from server.protocol.messages import Generate, SamplingParams
 
 async def main():
     link = EngineLink(Settings(num_rows=2), runner=sys.argv[2])
@@ -46,7 +46,7 @@ async def main():
     if sys.argv[1] != "starting":
         await starting
     if sys.argv[1] == "stepping":
-        (stream,) = link.submit(Generate("a", bytes(4), Sampling(), {FOR_EVER}))
+        (stream,) = link.submit(Generate("a", bytes(4), SamplingParams(), {FOR_EVER}))
         await stream.take()
     print(sys.argv[1], flush=True)
     await asyncio.sleep(600)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from server.protocol.messages import Generate, Sampling, Scores, Step, Token
+from model.sampling.params import SamplingParams
+from server.protocol.messages import Ended, Extras, Generate, Scores, Step, Token
 from tests.support.fake_runner import RAISE_TOKEN, next_token
 from tests.support.link_harness import UVLOOP, collect, ending, generate, left_empty, packed, running, score
 from tests.support.odd_runner import SHARES_PER_TOKEN
@@ -36,9 +37,19 @@ async def test_a_stream_holds_the_tokens_in_order_and_then_one_ending():
     assert messages[-1].finish_reason == "length"
 
 
+async def test_the_scores_of_a_prompt_come_before_its_first_token():
+    async with running() as link:
+        asked = Generate("a", packed([1, 2, 3]), SamplingParams(), 2, prompt_extras=Extras())
+        (stream,) = link.submit(asked)
+        said = []
+        while not said or not isinstance(said[-1], Ended):
+            said += await stream.take()
+    assert [type(message) for message in said] == [Scores, Token, Token, Ended]
+
+
 async def test_forks_of_a_message_have_streams_of_their_own():
     async with running() as link:
-        request = Generate("a", packed([1, 2]), Sampling(), 3, forks=(("b", 1), ("c", 2)))
+        request = Generate("a", packed([1, 2]), SamplingParams(), 3, forks=(("b", 1), ("c", 2)))
         streams = link.submit(request)
         assert len(streams) == 3
         for name, stream in zip("abc", streams, strict=True):

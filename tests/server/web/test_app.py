@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.protocol.messages import Generate
+from server.protocol.messages import Extras, Generate
 from tests.support.fake_link import FakeLink
 from tests.support.http_harness import eventually, make_client, make_link, post, read_events
 
@@ -155,7 +155,7 @@ async def test_the_engine_is_told_of_every_field():
     }
     await post("/generate", {"inputs": "x", "parameters": asked, "timeout_s": 2.5}, link=link, eos_id=7, timeout_s=9)
     told, sampling = message(link), message(link).sampling
-    assert (told.max_new_tokens, told.timeout_s, told.prompt_scores) == (4, 2.5, True)
+    assert (told.max_new_tokens, told.timeout_s, told.prompt_extras) == (4, 2.5, Extras())
     assert (sampling.temperature, sampling.typical_p, sampling.repetition_penalty) == (0.5, 0.25, 1.5)
     assert (sampling.frequency_penalty, sampling.presence_penalty) == (-1, 2)
     assert dict(sampling.logit_bias) == {17: 3, 0: -100}

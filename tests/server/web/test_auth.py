@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from server.web.auth import OPEN_PATHS
-from tests.support.guarded_app import KEYS, PARENT, TRACE, TRACEPARENT, ends, log_lines, make_app, make_client
+from tests.support.guarded_app import KEYS, PARENT, SUMMARY, TRACE, TRACEPARENT, ends, log_lines, make_app, make_client
 from tests.support.http_harness import make_client as make_server
 from tests.support.http_harness import make_link
 from tests.support.http_harness import serving_app as serving
@@ -252,7 +252,7 @@ async def test_each_post_and_delete_is_one_line_with_what_the_endpoint_counted(l
         "path",
         "status",
         "seconds",
-        "prompt_tokens",
+        *SUMMARY.fields(),
     }
     assert (first["path"], first["status"], first["prompt_tokens"]) == ("/echo", 200, 3)
     assert (second["method"], second["path"], second["status"]) == ("DELETE", "/requests/a-1", 200)
