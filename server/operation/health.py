@@ -9,7 +9,7 @@ import msgspec
 from fastapi import Response
 from msgspec import Struct
 
-from server.dialects.generate.schema import Parameters, describe_numbers
+from server.dialects.generate.schema import Parameters
 from server.dialects.sampling import MAX_STOP_CHARS
 from server.errors import Starting
 from server.protocol.json import encode
@@ -155,7 +155,6 @@ def _info(service: Service) -> dict[str, Any]:
             **{name: getattr(settings, name) for name in LIMITS},
         },
         "defaults": Parameters().model_dump(),
-        "parameters": describe_numbers(),
         "fingerprint": service.fingerprint,
         "version": package_version(),
         "versions": {name: version(name) for name in ("torch", "fastapi", "uvicorn")},

@@ -108,8 +108,8 @@ def test_text_never_becomes_html(name):
 
 async def test_where_there_are_keys_the_page_is_open_and_nothing_else():
     async with make_client(make_link(), api_keys=[KEY]) as client:
-        for name in FILES:
-            assert (await client.get(address(name))).status_code == 200
+        for path in (*map(address, FILES), "/playground/parameters.json"):
+            assert (await client.get(path)).status_code == 200
         for path in ("/info", "/model/spans", "/playground", "/docs"):
             assert (await client.get(path)).status_code == 401
         body = {"inputs": "x", "parameters": {"max_new_tokens": 1}}
@@ -135,7 +135,7 @@ async def test_what_is_not_part_of_the_page_is_not_there():
 
 
 async def test_the_form_is_made_of_all_numbers_that_shape_one_text():
-    described = {one["name"]: one for one in (await get("/info")).json()["parameters"]}
+    described = {one["name"]: one for one in (await get("/playground/parameters.json")).json()}
     assert set(FilterFields.model_fields) == {name for name, one in described.items() if one["asks_for_sampling"]}
     assert {"seed", "max_new_tokens", "repetition_penalty"} <= described.keys() <= Parameters.model_fields.keys()
     assert described["temperature"]["maximum"] == 2
@@ -166,7 +166,7 @@ def test_what_is_asked_of_score_is_a_valid_request():
 async def test_every_field_that_a_script_reads_is_in_a_reply():
     replies = (GenerateEvent, OutputToken, Details, Timings, ScoreEvent, ScoreReply, ScoredToken, TopToken)
     known = {field.name for reply in replies for field in msgspec.structs.fields(reply)} | set(Parameters.model_fields)
-    for path in ("/info", "/model/spans"):
+    for path in ("/info", "/model/spans", "/playground/parameters.json"):
         known |= set(re.findall(r'"(\w+)":', (await get(path)).text))
     known |= {"bits_per_byte"}  # of info.training.splits, where a bundle has them
     for name in SCRIPTS:

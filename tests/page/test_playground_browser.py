@@ -55,7 +55,11 @@ def post(url: str, path: str, body: dict[str, Any]) -> Any:
 def generate(page: Page, **fields: object) -> str:
     """Fill the form in, run it to the end and return the text."""
     for name, value in fields.items():
-        page.fill(f"#{name}", str(value))
+        field = page.locator(f"#{name}")
+        field.wait_for(state="attached")
+        if not field.is_visible():
+            page.click("summary")
+        field.fill(str(value))
     page.click("#generate-run")
     expect(page.locator("#generate-status")).to_have_text("Done: as many tokens as asked for")
     return output(page)

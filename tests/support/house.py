@@ -67,7 +67,7 @@ HOUSE = {
     "server.dialects.generate": Room(
         "schema replies routes",
         "model server.dialects server.requests server.web server.protocol server.(ground)",
-        "msgspec pydantic",
+        "fastapi msgspec pydantic",
     ),
     "server.dialects.score": Room(
         "schema replies routes",

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
+from fastapi import Response
 from msgspec import UNSET
 from msgspec.structs import replace
 
 from model.tokenizer import Tokenizer
 from server.dialects.generate.replies import Details, EventMaker, GenerateEvent, GenerateReply, PromptToken, plain_reply
-from server.dialects.generate.schema import GenerateRequest, GenerateStreamRequest, Parameters
+from server.dialects.generate.schema import GenerateRequest, GenerateStreamRequest, Parameters, describe_numbers
 from server.dialects.sampling import plan_generations
 from server.protocol.json import encode, encode_event
 from server.protocol.messages import Extras, Generate, Score, Timings
@@ -21,7 +23,7 @@ from server.requests.prompts import Prompt, read_prompts
 from server.requests.results import Generated, Output, OutputToken, WorkSummary
 from server.requests.service import LiveSequence, Service
 from server.web import openapi
-from server.web.endpoint import Endpoint
+from server.web.endpoint import Endpoint, Handler
 from server.web.engine_request import EngineRoad
 from server.web.event_stream import Job
 
@@ -183,8 +185,19 @@ def _endpoint(path: str, summary: str, *, body: type[GenerateRequest] = Generate
     )
 
 
+def _form_fields(_service: Service) -> Handler:
+    answer = msgspec.json.encode(describe_numbers())
+
+    async def parameters() -> Response:
+        return Response(answer, media_type="application/json")
+
+    return parameters
+
+
 ENDPOINTS = (
     _endpoint("/generate", "Continue texts, plainly or as a stream"),
     _endpoint("/generate_stream", "The same with stream = true", body=GenerateStreamRequest),
     _endpoint("/", "The same as /generate, where huggingface_hub's clients look for it"),
+    # for the form of the page, whose files need no key
+    Endpoint(method="GET", path="/playground/parameters.json", make=_form_fields, in_schema=False),
 )

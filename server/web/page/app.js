@@ -24,12 +24,20 @@ function setUpTheme() {
   show();
 }
 
+async function showForm() {
+  try {
+    await showParameters();
+    showMode();
+  } catch (error) {
+    $("generate-error").textContent = error.message;
+    $("generate-error").hidden = false;
+  }
+}
+
 async function showModel() {
   try {
     const info = await (await call("info")).json();
     $("facts").textContent = facts(info).join(" · ");
-    showParameters(info.parameters);
-    showMode();
     showSpans(await (await call("model/spans")).json(), info);
   } catch (error) {
     $("spans-error").textContent = error.message;
@@ -51,4 +59,5 @@ function facts({ model, engine }) {
 
 setUpTheme();
 setUpGenerate({ measure: setUpSurprisal() });
+showForm();
 showModel();

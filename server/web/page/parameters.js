@@ -1,11 +1,14 @@
-// The fields of the sampling form, made from what GET /info says of each parameter. Knows no request.
+// The fields of the sampling form, made from what the server says of each parameter. Knows no request.
+
+import { call } from "./api.js";
 
 const INITIAL = { temperature: 0.8, max_new_tokens: 200 }; // elsewhere a field is empty, which is the server's default
 const FIRST = ["seed", "max_new_tokens"]; // shown at once, beside those that ask for sampling
 const EMPTY = { seed: "drawn", max_new_tokens: "no limit", temperature: "1" }; // what an empty field means
 
 /** Make a field for each parameter. */
-export function showParameters(parameters) {
+export async function showParameters() {
+  const parameters = await (await call("playground/parameters.json")).json();
   const isFirst = (one) => one.asks_for_sampling || FIRST.includes(one.name);
   fill("parameters", parameters.filter(isFirst));
   fill("more-parameters", parameters.filter((one) => !isFirst(one)));

@@ -27,13 +27,13 @@ async def main():
             await client.post("/generate", json={"inputs": "x", "parameters": {"dummy_p": 2}}),
             await client.post("/generate", json={"inputs": "x", "parameters": {"do_sample": False, "dummy_p": 0.5}}),
         ]
-        info = (await client.get("/info")).json()
+        form = (await client.get("/playground/parameters.json")).json()
     print(json.dumps({
         "statuses": [reply.status_code for reply in replies],
         "complaint": replies[2].json()["error"]["message"],
         "told": [message.sampling.dummy_p for message in link.submitted],
         "temperature": link.submitted[0].sampling.temperature,
-        "form": [one for one in info["parameters"] if one["name"] == "dummy_p"],
+        "form": [one for one in form if one["name"] == "dummy_p"],
         "docs": files()["api.md"].count("`dummy_p`"),
     }))
 
