@@ -64,7 +64,9 @@ PROOFS: dict[str, Proof] = {  # pattern of a whole line: its proof
     r"\S+/allattn bench load .*": Proof("run", more="--seconds 1 --repeats 1 --concurrency 1", says="share_of_engine"),
     r"\S+/allattn bench stall .*": Proof("run", more="--seconds 1 --rounds 1", says=r'"benchmark": "stall"'),
     r"\S+/allattn bench training": Proof(
-        "run", more="--config configs/quickstart.toml --dtype float32 --spans 0.2", says=r'"ours_over_gpt"'
+        "run",
+        more="--config configs/quickstart.toml --dtype float32 --spans 0.2 --num-threads 1",
+        says=r'"ours_over_gpt"',
     ),
     r"\S+/allattn bench backends .*": Proof(
         "run", more="--bundles bundles/default --formats torchscript --repeats 1", says="torchscript"

@@ -68,6 +68,7 @@ def test_a_page_says_which_commands_no_test_runs(page):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # benchmarks.md takes minutes
 @pytest.mark.parametrize("page", TO_RUN, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run_from_top_to_bottom(page, tmp_path):
     make_sandbox(tmp_path, page)

@@ -19,6 +19,7 @@ from server.config.settings import ENV_PREFIX
 from server.requests.metrics import Metrics
 from tests.docs.commands import PAGES, ROOT, blocks, commands
 from tests.support.artefacts import shipped_folder
+from tests.support.house import HOUSE, room_names
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -142,7 +143,7 @@ def test_every_metric_that_is_spoken_of_exists():
         state, restarts, heartbeat_age_s, rows_used, num_waiting, tokens_waiting = "ready", 0, 0.0, 0, 0, 0
 
     metrics = Metrics(Engine(), num_rows=1)  # type: ignore[arg-type]
-    there = {family.name for family in metrics._registry.collect()}
+    there = {family.name for family in metrics.registry.collect()}
     spoken = set(re.findall(r"`(allattn_\w+)`", (ROOT / "docs" / "operations.md").read_text()))
     assert len(spoken) > 12
     assert {name.removesuffix("_total") for name in spoken} - there == set()
@@ -153,11 +154,30 @@ def test_every_file_and_folder_of_the_architecture_exists(word):
     assert any((ROOT / folder / word).exists() for folder in ("", "server", "server/engine")), word
 
 
+def folders_of_the_server() -> set[str]:
+    return {folder.parent.name for folder in (ROOT / "server").glob("*/__init__.py")}
+
+
 def test_the_architecture_and_its_picture_name_every_room_of_the_server():
-    rooms = {f"{folder.parent.name}/" for folder in (ROOT / "server").glob("*/__init__.py")}
-    assert len(rooms) >= 8
+    assert len(folders_of_the_server()) >= 8
     for file in (ARCHITECTURE, ARCHITECTURE.with_suffix(".svg")):
-        assert {room for room in rooms if room not in file.read_text()} == set(), file.name
+        assert {room for room in folders_of_the_server() if f"{room}/" not in file.read_text()} == set(), file.name
+
+
+def test_the_rooms_import_what_the_architecture_says():
+    """The table of rooms and tests/support/house.py, which is the rule, say the same."""
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]+) \|$", ARCHITECTURE.read_text(), flags=re.MULTILINE)
+    said = {room: set(re.findall(r"\w+", words)) & {"model", *folders_of_the_server()} for room, words in rows}
+    allowed: dict[str, set[str]] = {}
+    for room in HOUSE:
+        package, _, name = room.partition(".")
+        if package == "server" and name:
+            others = {other.removeprefix("server.").partition(".")[0] for other in room_names(room)}
+            allowed.setdefault(name.partition(".")[0], set()).update(others)
+    rooms = {"model", *folders_of_the_server()}
+    assert {room: said[room] for room in allowed} == {
+        room: (others & rooms) - {room} for room, others in allowed.items()
+    }
 
 
 @pytest.mark.slow
