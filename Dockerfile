@@ -3,6 +3,7 @@
 #   docker run --rm --read-only --tmpfs /tmp --stop-timeout 35 -p 8000:8000 allattn
 #   docker run ... --gpus all allattn                                    (the same image; torch's wheels bring CUDA along)
 #   docker run ... -v DIR:/bundle:ro -e ALLATTN_BUNDLE=/bundle allattn
+#   docker run --rm --entrypoint allattn allattn generate "It was a dark"        (and the other commands of allattn)
 # `--stop-timeout` leaves live requests the time that `shutdown_timeout_s` grants them; docker's own is 10 s.
 # More extras of pyproject.toml are named by `--build-arg EXTRAS="server onnx"`.
 # torch comes from the package index that the builder's pip is set up with; one of CPU wheels gives a small image.
@@ -21,8 +22,8 @@ RUN python -c "import sys, tomllib; project = tomllib.load(open('pyproject.toml'
         > /tmp/requirements.txt \
     && pip --python /opt/venv/bin/python install --requirement /tmp/requirements.txt
 COPY . .
-# The code runs from here; what is installed of it is its name and version alone, which /info tells. Who runs the image
-# cannot write here, so the bytecode is made now.
+# The code runs from here, by PYTHONPATH. Of the package only its name, its version, which /info tells, and the command
+# allattn are installed. Nobody can write here when the image runs, so the bytecode is made now.
 RUN mkdir /tmp/allattn && cp pyproject.toml README.md LICENSE /tmp/allattn \
     && pip --python /opt/venv/bin/python install --no-deps /tmp/allattn \
     && python -m compileall -q --invalidation-mode unchecked-hash .
@@ -37,8 +38,8 @@ LABEL org.opencontainers.image.title="allattn" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
-# HOME is the one place that may be written to, where anything may.
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp ALLATTN_HOST=0.0.0.0
+# HOME is the only place that can be written to, if there is any.
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp ALLATTN_HOST=0.0.0.0
 WORKDIR /app
 USER 10001:10001
 EXPOSE 8000

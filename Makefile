@@ -1,5 +1,6 @@
-# make serve | train | test | test-fast | check | bench | soak | docs | browser | docker-check | test-ray. Each sets up all it needs in .venv;
-# `PYTHON=python3.12 make serve` picks another interpreter.
+# make serve | train | test | test-fast | test-ray | check | bench | soak | docs | docker-check | clean. Each sets up the
+# Python packages that it needs in .venv (test-ray in .venv-ray). `PYTHON=python3.12 make serve` picks another
+# interpreter. make test-tools | browser | promtool | compiler: install programs that tests need, as root on Debian.
 PYTHON ?= python3
 BUNDLE ?= bundles/default
 PORT ?= 8000
@@ -8,7 +9,10 @@ MINUTES ?= 60
 
 RUN = .venv/bin/python
 
-.PHONY: serve train test test-fast check bench soak docs browser docker-check test-ray clean
+APT = apt-get -qq -o DPkg::Lock::Timeout=300
+
+.PHONY: serve train test test-fast test-ray check bench soak docs docker-check clean
+.PHONY: test-tools apt-lists browser promtool compiler
 
 serve: .venv
 	@$(RUN) -m server --bundle $(BUNDLE) --port $(PORT)
@@ -17,14 +21,14 @@ train: .venv
 	@$(RUN) -m training.run $(CONFIG)
 
 test: .venv check
-	.venv/bin/python -m pytest -q
+	$(RUN) -m pytest -q -m "not ray"
 
 test-fast: .venv
-	.venv/bin/python -m pytest -q -m "not slow"
+	$(RUN) -m pytest -q -m "not slow"
 
-# With the extra `ray`; in a network of its own, since Ray opens ports on every interface.
-test-ray: .venv
-	unshare -rn sh -c 'ip link set lo up && exec $(RUN) -m pytest -q tests/server/operation/test_ray_serve.py'
+# Ray listens on every interface, so the tests get a network that has the loopback interface alone.
+test-ray: .venv-ray
+	unshare -rn sh -c 'ip link set lo up && exec .venv-ray/bin/python -m pytest -q tests/server/operation/test_ray_serve.py'
 
 check: .venv
 	.venv/bin/ruff check .
@@ -43,22 +47,41 @@ soak: .venv
 docker-check:
 	deploy/docker-check.sh
 
-# What the tests of the page at / need; without it they are skipped. As root, on Debian.
-browser:
-	apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium-headless-shell fonts-dejavu-core
-
 docs: .venv
 	@$(RUN) -m server.reference
 
 clean:
-	rm -rf .venv .cache build *.egg-info
+	rm -rf .venv .venv-ray .cache build *.egg-info
+
+# Everything outside of .venv that a test needs. Where a program is missing, its tests are skipped; in CI they fail.
+test-tools: browser promtool compiler
+	@command -v curl > /dev/null && command -v ip > /dev/null || $(APT) install -y --no-install-recommends curl iproute2
+
+apt-lists:
+	@$(APT) update
+
+# For the tests of the page at /.
+browser: apt-lists
+	$(APT) install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core
+
+# For the tests of the alerts and the dashboard: promtool alone, since the package would start a Prometheus, too.
+promtool: apt-lists
+	folder=$$(mktemp -d) && chown _apt $$folder && cd $$folder && $(APT) download prometheus \
+	    && dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 -C /usr/local/bin ./usr/bin/promtool \
+	    && rm -r $$folder
+
+# For torch.compile on a CPU, and for exports of the format pt2.
+compiler: apt-lists
+	@command -v g++ > /dev/null || $(APT) install -y --no-install-recommends g++
 
 # torch comes first and alone: pip then takes a CPU build where one is at hand, and nothing after it changes the version.
-.venv: pyproject.toml
+.venv: EXTRAS = test
+.venv-ray: EXTRAS = server,ray,pytest
+.venv .venv-ray: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
-	@$(PYTHON) -m venv .venv || { echo "venv is missing: apt-get install python3-venv"; rm -rf .venv; exit 1; }
-	@echo "setting up .venv (once, a few minutes)"
-	@.venv/bin/pip install --quiet --disable-pip-version-check "torch==2.13.0" || { rm -rf .venv; exit 1; }
-	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[test]" || { rm -rf .venv; exit 1; }
-	@touch .venv
+	@$(PYTHON) -m venv $@ || { echo "venv is missing: apt-get install python3-venv"; rm -rf $@; exit 1; }
+	@echo "setting up $@ (once, a few minutes)"
+	@$@/bin/pip install --quiet --disable-pip-version-check "torch==2.13.0" || { rm -rf $@; exit 1; }
+	@$@/bin/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]" || { rm -rf $@; exit 1; }
+	@touch $@

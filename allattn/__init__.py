@@ -1,1 +1,1 @@
-"""The console command `allattn`: it knows the other packages by name alone, and imports none before it is asked to."""
+"""The console command `allattn`: it knows the other packages by name and imports one only to run its command."""

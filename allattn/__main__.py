@@ -1,7 +1,7 @@
-"""`allattn COMMAND ...`, or `python -m allattn COMMAND ...`: one name for the programs of this project.
+"""`allattn COMMAND ...`, or `python -m allattn COMMAND ...`: one command for all programs of this project.
 
-A command is the module that `python -m` would run, with the same arguments, signals and exit status. It is looked up
-when it is asked for, so that none of the others, nor what they need, has to be there.
+A command runs the module that `python -m` would run, with the same arguments, signals and exit status. Its module is
+imported only when the command runs, so the modules of other commands and their packages need not be installed.
 """
 
 import ast
@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-WRONG_USE = 2  # exit status, as argparse has it
+WRONG_USE = 2  # exit status for a wrong command line, the same as argparse's
 
 
 class Command(NamedTuple):
-    """What a command runs."""
+    """A command: the module that it runs, and the extra that it needs."""
 
     module: str
-    extra: str  # of pyproject.toml, that it needs
+    extra: str  # name of an extra in pyproject.toml
     summary: str
 
 
@@ -37,7 +37,7 @@ BENCH = "bench"
 
 
 def main() -> int:
-    """Run what `sys.argv` asks for; returns the exit status where the command itself does not end the process."""
+    """Run the command in `sys.argv`; returns the exit status, unless the command itself ends the process."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(describe_commands(), end="")
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def describe_commands() -> str:
-    """What `allattn --help` says."""
+    """The text of `allattn --help`."""
     described = {name: command.summary for name, command in COMMANDS.items()}
     described[BENCH] = "measure the speed of training and serving; in a checkout of the repository only"
     lines = [f"  {name:10}{summary}" for name, summary in described.items()]
@@ -76,7 +76,7 @@ def describe_commands() -> str:
 
 
 def missing_packages(extra: str) -> list[str]:
-    """What an extra of pyproject.toml names and is not installed; nothing where the project itself is not."""
+    """The packages of an extra that are not installed; empty if the project itself is not installed."""
     try:
         lines = requires("allattn") or []
     except PackageNotFoundError:
@@ -87,14 +87,14 @@ def missing_packages(extra: str) -> list[str]:
 
 
 def run_benchmark(arguments: Sequence[str]) -> int:
-    """`allattn bench NAME ...`, the same as `python -m benchmarks.NAME ...` at the root of the checkout."""
+    """Run `allattn bench NAME ...`, which is `python -m benchmarks.NAME ...` at the root of the checkout."""
     if not (BENCHMARKS / "__init__.py").exists() or not (ROOT / "pyproject.toml").exists():
         return complain("bench needs a checkout of the repository: what it runs, benchmarks/, is not installed")
     described = dict(_benchmarks())
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print("usage: allattn bench NAME ...\n")
-        print("".join(f"  {one:10}{summary}\n" for one, summary in described.items()))
+        print("".join(f"  {benchmark:10}{summary}\n" for benchmark, summary in described.items()))
         print("allattn bench NAME --help tells all about one.")
         return 0
     if name not in described:
@@ -105,19 +105,19 @@ def run_benchmark(arguments: Sequence[str]) -> int:
 
 
 def run(module: str, *, name: str, arguments: Sequence[str]) -> None:
-    """What `python -m module` does. Parsers of arguments find the name of the program in `sys.argv`."""
+    """Run a module as `python -m module` does. Argument parsers read the name of the program from `sys.argv`."""
     sys.argv = [f"allattn {name}", *arguments]
     runpy.run_module(module, run_name="__main__")
 
 
 def complain(message: str, *, status: int = WRONG_USE) -> int:
-    """Say it on standard error; returns the exit status."""
+    """Print a message on standard error; returns the exit status."""
     print(f"allattn: {message}", file=sys.stderr)
     return status
 
 
 def _benchmarks() -> Iterator[tuple[str, str]]:
-    """Names of those that can be run, each with the first line of its docstring."""
+    """The name and the first line of the docstring of each benchmark that can be run."""
     for file in sorted(BENCHMARKS.glob("*.py")):
         text = file.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in text:

@@ -1,7 +1,7 @@
 """`python -m allattn.generate`, or `allattn generate`: continue a text in the terminal.
 
-The engine runs in this process, with a single row; or a server is asked at its POST /generate. Equal seeds give equal
-texts both ways.
+The engine runs in this process with a single row; with --url the command asks a server at POST /generate instead.
+Equal seeds give equal texts both ways.
 """
 
 import json
@@ -18,7 +18,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from allattn.generate_flags import Asked, FlagError, in_flags, read_flags
 from model.bundle import BundleError
-from server.config import ConfigError, Settings
+from server.config import ConfigError, EngineOptions, Settings
 from server.dialects.generate.schema import GenerateRequest, Parameters
 from server.dialects.sampling import plan_generations
 from server.engine.engine import Engine
@@ -27,9 +27,9 @@ from server.requests.output_text import OutputText
 from server.requests.prompts import read_prompts
 from server.served_model import open_model
 
-ENOUGH = ("length", "eos_token", "stop_sequence")  # ways to end of a text that is whole
+ENOUGH = ("length", "eos_token", "stop_sequence")  # finish reasons of a text that is whole
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit statuses that shells give for SIGINT and SIGPIPE
-_SHOWN = {  # what a terminal would obey stands there as a picture of it
+_SHOWN = {  # a visible sign for each character that a terminal would obey
     code: 0x2400 + code if code < 0x20 else 0xFFFD
     for code in range(0xA0)
     if unicodedata.category(chr(code)) == "Cc" and chr(code) not in "\n\t"
@@ -37,25 +37,25 @@ _SHOWN = {  # what a terminal would obey stands there as a picture of it
 
 
 class AnswerError(Exception):
-    """A server cannot be reached, refuses, breaks off, or is none of this kind."""
+    """A server cannot be reached, refuses, breaks off, or is not an allattn server."""
 
 
 class _StayHere(HTTPRedirectHandler):
-    """Another place that a server points to gets neither the prompt nor the key."""
+    """Follows no redirect: another host must get neither the prompt nor the key."""
 
     def redirect_request(self, *_: object) -> None:
-        """Take it for an error."""
+        """Returns None, which urllib takes for an error."""
 
 
 class Piece(NamedTuple):
-    """What one token, or the end, made certain."""
+    """The text that one token, or the end, made certain."""
 
     text: str
     logprob: float | None  # of the token, nats; None where there is none
 
 
 class Tally:
-    """What can be told of the output at its end."""
+    """Counts the output, for the figures at its end."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -105,10 +105,10 @@ def _pieces(asked: Asked) -> Iterator[Piece]:
 
 
 def generate_here(request: GenerateRequest, settings: Settings) -> Iterator[Piece]:
-    """Run the engine in this process.
+    """Yield the continuation from an engine in this process.
 
     Raises:
-        BundleError, ConfigError, InvalidField: the model cannot be opened, or not so, or cannot read the prompt.
+        BundleError, ConfigError, InvalidField: the model cannot be opened as asked, or cannot read the prompt.
         InternalError: the model failed on the way.
     """
     bundle, settings = open_model(settings)
@@ -117,7 +117,7 @@ def generate_here(request: GenerateRequest, settings: Settings) -> Iterator[Piec
     [plan] = plan_generations(
         request.parameters, prompts=prompts, tokenizer=tokenizer, timeout_s=None, prompt_extras=None
     )
-    engine = _load_engine(settings)
+    engine = _load_engine(settings.model_copy(update={"num_rows": 1}))
     text = OutputText(tokenizer, stops=plan.stops, num_free=plan.sampling.min_new_tokens)
     engine.submit(plan.message(lambda: "terminal"))
     while engine.has_work and text.matched_stop is None:
@@ -130,25 +130,14 @@ def generate_here(request: GenerateRequest, settings: Settings) -> Iterator[Piec
     yield Piece(text.finish(), None)
 
 
-def _load_engine(settings: Settings) -> Engine:
-    from server.engine.runner import ModelRunner  # torch, which neither --help nor who asks a server shall wait for
+def _load_engine(options: EngineOptions) -> Engine:
+    from server.engine.runner import ModelRunner  # loads torch, which --help and --url do not need
 
-    runner = ModelRunner.load(
-        settings.bundle,
-        num_rows=1,
-        dtype=settings.dtype,
-        device=settings.device,
-        provider=settings.provider,
-        num_threads=settings.num_threads,
-        batch_invariant=settings.batch_invariant,
-    )
-    return Engine(
-        runner, chunk_tokens=settings.chunk_tokens, budget_tokens=settings.budget_tokens, prefill_ms=settings.prefill_ms
-    )
+    return Engine(ModelRunner.load(options), options)
 
 
 def generate_there(request: GenerateRequest, *, url: str, key: str | None) -> Iterator[Piece]:
-    """Ask a server. Raises AnswerError."""
+    """Yield the continuation from a server. Raises AnswerError."""
     body = request.model_dump(mode="json", exclude_unset=True)
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     asked = Request(f"{url.rstrip('/')}/generate", json.dumps(body).encode(), headers)
@@ -180,7 +169,7 @@ def generate_there(request: GenerateRequest, *, url: str, key: str | None) -> It
 
 
 def _reason(error: HTTPError) -> str:
-    """What a server says of a refusal, or the status where it is not one of ours."""
+    """Returns the server's message, or the HTTP status if the body is not an allattn error."""
     try:
         message: str = json.loads(error.read())["error"]["message"]
     except (ValueError, LookupError, TypeError):
@@ -216,7 +205,7 @@ def _put(out: BinaryIO, text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text for a terminal: control characters, but for line ends and tabs, are shown and not obeyed."""
+    """Returns the text with control characters, except line ends and tabs, as visible signs."""
     return text.translate(_SHOWN)
 
 

@@ -1,4 +1,4 @@
-"""The command line of `allattn generate`: flags become what POST /generate would be sent, and settings of a model.
+"""The command line of `allattn generate`: flags become a request for POST /generate and settings of a model.
 
 Numbers are texts here; `Parameters` and `Settings` know types and ranges.
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from model.backends import LoadOptions
 from server.config import Settings, load_settings
 from server.dialects.generate.schema import ONE_TEXT_FIELDS, GenerateRequest, Parameters
 from server.errors import InvalidField
@@ -18,16 +19,17 @@ from server.web.body import parse
 
 
 def _flagged(*types: object) -> tuple[str, ...]:
-    """Names of the parameters of these types."""
+    """Return the names of the parameters of these types."""
     return tuple(name for name in ONE_TEXT_FIELDS if Parameters.model_fields[name].annotation in types)
 
 
 NUMBERS = _flagged(int, float, int | None, float | None)
 SWITCHES = _flagged(bool, bool | None)
-HERE = ("bundle", "dtype", "device", "provider", "num_threads")  # settings of a model in this process
-KEY_FILE = "api_key_file"  # the one setting of those who ask a server
+# settings of a model in this process
+HERE = ("bundle", *(name for name in LoadOptions.model_fields if name != "backend"))
+KEY_FILE = "api_key_file"  # the one setting that goes with --url
 METAVARS = {"bundle": "DIR", "num_threads": "N", KEY_FILE: "FILE"}
-HELP = {  # where the words that are written for the server say too much
+HELP = {  # in place of descriptions that are written for the server
     KEY_FILE: "file of API keys, one a line, of which the first is sent to the server",
     "max_new_tokens": "none = until something else ends it [128]",
     "do_sample": "sample at temperature 1 unless another is given",
@@ -42,21 +44,21 @@ asks otherwise. ALLATTN_* variables hold here as for the server; with --url the 
 
 
 class FlagError(ValueError):
-    """What was typed cannot be done; the message names the flag and what is allowed."""
+    """A flag or the prompt cannot be used; the message names the flag and what is allowed."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks for."""
+    """The command line as a request and settings."""
 
     request: GenerateRequest  # with a seed, in any case
     settings: Settings
     url: str | None  # of a server; None = the model in this process
-    stats: bool  # tell the figures wherever they go
+    stats: bool  # print the figures even if standard error is no terminal
 
 
 def read_flags(argv: Sequence[str]) -> Asked:
-    """The command line, and the prompt from standard input where it is not there. Ends the process after --help.
+    """Read the command line, and standard input if the line has no prompt. Ends the process after --help.
 
     Raises:
         FlagError: a flag or the prompt cannot be used.
@@ -72,7 +74,7 @@ def read_flags(argv: Sequence[str]) -> Asked:
 
 
 def in_flags(error: InvalidField) -> str:
-    """What is wrong with a request, with the name of the flag in place of the field's."""
+    """Returns the message of an error with the name of the flag in place of the field's."""
     name = (error.param or "").removeprefix("parameters.")
     return str(error).replace(error.param or "", "PROMPT" if name == "inputs" else _flag(name), 1)
 
@@ -88,7 +90,7 @@ def _request(given: argparse.Namespace) -> GenerateRequest:
 
 
 def _value(text: str) -> object:
-    """A value as in JSON."""
+    """Returns a value that is written as in JSON, or the text itself."""
     if text == "none":
         return None
     try:
@@ -107,7 +109,7 @@ def _read_prompt() -> str:
 
 
 def _settings(given: argparse.Namespace) -> Settings:
-    """All of the server's settings, a few of which have flags here."""
+    """Returns the server's settings, a few of which have flags here."""
     set_here = {name: value for name in (*HERE, KEY_FILE) if (value := getattr(given, name)) is not None}
     if given.url is None and KEY_FILE in set_here:
         raise FlagError(f"{_flag(KEY_FILE)} is for a server; give its --url, or leave it out")
@@ -147,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _help(fields: Mapping[str, Any], name: str) -> str:
-    """What a setting or parameter says of itself, in the words of the command line."""
+    """Returns the help of a setting or parameter, from its description and default."""
     if name in HELP:
         return HELP[name]
     default, text = fields[name].default, fields[name].description

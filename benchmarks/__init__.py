@@ -1,1 +1,1 @@
-"""What backs a speed claim; each ends in one JSON line with achieved against possible. No test depends on it."""
+"""The benchmarks behind every speed claim; each ends in one JSON line with achieved and possible speed."""

@@ -1,10 +1,10 @@
-"""Every backend on the same models: speed, state, size of files, time to start, and loss on a real text, as one table.
+"""Compare all backends: speed, size of state and files, time to start, and loss on a text, in one table.
 
     python -m benchmarks.backends --text TEST.TXT [--bundles bundles/default paper] [--repeats 7] [--keep DIR]
 
-Each bundle is exported to every format into DIR (kept if it is given). Each row is a process of its own, one after the
-other, since torch's threads and ONNX Runtime's disturb each other within one: `benchmarks.decode`, and a whole server,
-from its start to its banner. A markdown table, then one JSON line a row.
+Each bundle is exported to every format into DIR (deleted afterwards unless --keep names it). Each row of the table runs
+`benchmarks.decode` and starts a server, in separate processes, because the threads of torch and of ONNX Runtime disturb
+each other within a process. Prints a Markdown table, then one JSON line for each row.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.paper import PAPER, write_paper_bundle
+from export.run import FORMATS
 
 ROOT = Path(__file__).parents[1]
-FORMATS = ("torchscript", "onnx", "onnx-int8", "onnx-int4", "onnx-fp16", "pt2")
 STARTS = 3
 Row = dict[str, Any]
 
 
 def rows_of(bundle: Path, artefacts: Path, formats: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """What to serve, and with which flags, for one bundle."""
+    """For each row of the table of a bundle, the folder to serve and the flags."""
     yield bundle, ["--dtype", "float32"]
     yield bundle, ["--dtype", "bfloat16"]
     for form in formats:
@@ -41,7 +41,7 @@ def rows_of(bundle: Path, artefacts: Path, formats: list[str]) -> Iterator[tuple
 
 
 def run(module: str, *args: str) -> str:
-    """What a module prints."""
+    """Run a module and return its output."""
     done = subprocess.run(
         [sys.executable, "-m", module, *args], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True
     )
@@ -49,7 +49,7 @@ def run(module: str, *args: str) -> str:
 
 
 def start_seconds(served: Path, flags: list[str]) -> float:
-    """Median time from the start of a server to its banner."""
+    """Median seconds from the start of a server to its banner."""
     times = []
     for _ in range(STARTS):
         begun = time.monotonic()
@@ -65,27 +65,27 @@ def start_seconds(served: Path, flags: list[str]) -> float:
 
 
 def file_bytes(served: Path) -> int:
-    """Of what the server reads: no pictures."""
+    """Size of the files that the server reads, which excludes pictures."""
     return sum(file.stat().st_size for file in served.iterdir() if file.is_file())
 
 
 def measure(served: Path, flags: list[str], args: argparse.Namespace) -> Row:
     """One row of the table."""
-    asked = ["--bundle", str(served), "--repeats", str(args.repeats), "--text", str(args.text), *flags]
-    found: Row = json.loads(run("benchmarks.decode", *asked).splitlines()[-1])
+    flags_of_row = ["--bundle", str(served), "--repeats", str(args.repeats), "--text", str(args.text), *flags]
+    found: Row = json.loads(run("benchmarks.decode", *flags_of_row).splitlines()[-1])
     found["file_bytes"] = file_bytes(served)
     found["start_s"] = round(start_seconds(served, flags), 1)
     return {**found, "benchmark": "backends", "model": served.name}
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown; speeds are tokens per second of all rows, in brackets the share of what is possible."""
+    """The Markdown table; speeds are tokens per second of all rows, in brackets the share of the possible speed."""
     lines = [
         "| backend | weights | state a stream | files | start | batch 1 | batch 8 | batch 32 | bits per byte |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        speeds = [f"{one['tokens_per_s']} ({one['share'] * 100:.0f} %)" for one in row["batches"]]
+        speeds = [f"{batch['tokens_per_s']} ({batch['share'] * 100:.0f} %)" for batch in row["batches"]]
         state, files = row["state_bytes_per_row"] / 1e6, row["file_bytes"] / 1e6
         cells = [row["backend"], row["weights"], f"{state:.2f} MB", f"{files:.1f} MB", f"{row['start_s']:.1f} s"]
         lines.append(f"| {' | '.join([*cells, *speeds])} | {row['bits_per_byte']:.4f} |")
@@ -93,7 +93,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure every row and print the table and the JSON lines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundles", nargs="+", default=["bundles/default", PAPER], help="`paper`: 39 M, random")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=FORMATS)

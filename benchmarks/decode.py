@@ -28,9 +28,11 @@ from model.frozen.served import score_document
 from model.sampling.params import SamplingParams
 from model.scoring import Score
 from model.tokenizer import Tokenizer
-from server.engine.runner import DTYPES, ModelRunner
+from server.config import EngineOptions
+from server.engine.runner import ModelRunner
 from server.engine.sequence import Chunk, Draw
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPT = 64
 STEPS = 32  # of one repetition
 GREEDY = SamplingParams()
@@ -81,7 +83,7 @@ def possible_rate(runner: ModelRunner, config: ModelConfig, *, bandwidth: float,
     multiplied = config.num_layers * layer + config.width * config.vocab_size  # weights in products; adaptive: fewer
     batch = runner.num_rows
     state = runner.cache.bytes_per_row
-    read = (multiplied * BYTES_OF_WEIGHTS[runner.weights] + batch * state) / bandwidth
+    read = (multiplied * BYTES_OF_WEIGHTS[runner.model.weights] + batch * state) / bandwidth
     return batch / max(read, batch * 2 * multiplied / flops)
 
 
@@ -119,10 +121,12 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, object]:
 
     def load(batch: int) -> ModelRunner:
         invariant = args.batch_invariant == "true"
-        return ModelRunner.load(bundle, num_rows=batch, dtype=args.dtype, device="cpu", batch_invariant=invariant)
+        return ModelRunner.load(
+            EngineOptions(bundle=bundle, num_rows=batch, dtype=args.dtype, device="cpu", batch_invariant=invariant)
+        )
 
     runner = load(1)
-    bandwidth, flops = ceilings(DTYPES.get(runner.weights, torch.float32))
+    bandwidth, flops = ceilings(DTYPES.get(runner.model.weights, torch.float32))
     rows = []
     for batch in tqdm(args.batches, desc="batch sizes"):
         runner = load(batch)
@@ -131,10 +135,10 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, object]:
         rows.append({"batch": batch, "tokens_per_s": round(achieved), "possible": round(possible)})
         rows[-1]["share"] = round(achieved / possible, 3)
     return {
-        "backend": runner.backend,
-        "weights": runner.weights,
+        "backend": runner.model.backend,
+        "weights": runner.model.weights,
         "parameters": described.config.num_parameters,
-        "dtype": runner.dtype,
+        "dtype": str(runner.model.dtype).removeprefix("torch."),
         "state_bytes_per_row": runner.cache.bytes_per_row,
         "bits_per_byte": args.text and round(bits_per_byte(runner, described.tokenizer, args.text), 5),
         "machine": platform.processor() or platform.machine(),

@@ -32,19 +32,17 @@ import numpy as np
 import uvloop
 from tqdm import tqdm
 
-from benchmarks import client
-from benchmarks.client import Address, Connection, Costs, Reply, ServerProcess, ask, encode_request
+from benchmarks.client import Address, Connection, Reply, ask, encode_request
 from benchmarks.paper import PAPER, write_paper_bundle
+from benchmarks.server_process import ROOT, Costs, ServerProcess, get_json, machine
 from model.bundle import open_bundle
 
-SHAKESPEARE = client.ROOT / "training/corpora/shakespeare.txt"
+SHAKESPEARE = ROOT / "training/corpora/shakespeare.txt"
 GOALS = {"share_of_engine": 0.85, "api_us_per_token": 30}  # at concurrency 32
 NUM_PROMPTS = 512
 WINDOW_BYTES = 64  # of text for each token of a prompt, more than any tokenizer needs
 WARM_UP_S = 2.0
 BUSY_S = 120.0  # a server whose rows are not all busy by then does not work
-RUNNER_SETTINGS = {"num_rows", "dtype", "device", "num_threads", "batch_invariant"}
-ENGINE_SETTINGS = {"chunk_tokens", "budget_tokens", "prefill_ms"}
 Row = dict[str, Any]
 
 
@@ -205,7 +203,7 @@ class Target:
 
     def __init__(self, address: Address, *, pid: int | None) -> None:
         """pid: of its API process, where that is on this machine."""
-        health = client.get_json(address, "/health")
+        health = get_json(address, "/health")
         self.address = address
         self.num_rows = health["rows"]["used"] + health["rows"]["free"]
         self.pids = {"api": pid, "engine": health["engine"]["pid"]} if pid else {}
@@ -245,10 +243,9 @@ def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[st
     from server.engine.runner import ModelRunner
 
     settings = load_settings(["--bundle", str(args.bundle), *flags_of(args.set)], environ={})
-    runner = ModelRunner.load(settings.bundle, **settings.model_dump(include=RUNNER_SETTINGS))
-    runner.warm_up(settings.chunk_tokens)
-    engine = Engine(runner, **settings.model_dump(include=ENGINE_SETTINGS))
-    level = partial(engine_level, engine, prompts, num_rows=settings.num_rows, args=args)
+    runner = ModelRunner.load(settings)
+    runner.warm_up()
+    level = partial(engine_level, Engine(runner, settings), prompts, num_rows=settings.num_rows, args=args)
     return {str(size): level(size) for size in args.concurrency}
 
 
@@ -287,7 +284,7 @@ def engine_level(engine: Any, prompts: list[list[int]], size: int, *, num_rows: 
 def run_engine(argv: Sequence[str], bundle: Path) -> dict[str, float]:
     """`engine_levels` in a process of its own, so that nothing of it is left when the server comes."""
     command = [sys.executable, "-m", "benchmarks.load", *argv, "--engine", "--bundle", str(bundle)]
-    done = subprocess.run(command, cwd=client.ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     levels: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return levels
 
@@ -368,7 +365,7 @@ def main(argv: Sequence[str]) -> None:
     result = {
         "benchmark": "load",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": client.machine(),
+        "machine": machine(),
         "bundle": name,
         "settings": settings,
         "goals": GOALS,

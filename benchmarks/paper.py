@@ -1,4 +1,4 @@
-"""The paper's 18 layers with random weights, as a bundle: the shape on which backends and peers are compared."""
+"""A bundle with the shape of the paper's 18-layer model and random weights, to compare backends and other servers."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PAPER = "paper"
 
 
 def write_paper_bundle(path: Path) -> Path:
-    """The paper's 18 layers of 39 M parameters, random; spans spread as trained ones are, most short and some long."""
+    """Write the bundle: 18 layers, 39 M random parameters, spans as after training: most short, some long."""
     config = ModelConfig(vocab_size=256, num_layers=18, width=512, num_heads=8, num_persistent=1024, max_span=224)
     rng = np.random.default_rng(0)
     tensors = {}

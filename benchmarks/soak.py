@@ -1,10 +1,10 @@
-"""Everything at once, for as long as you like: does any request get lost, any row leak, any memory grow?
+"""Soak test of a server under a random load: is a request lost, does a row leak, does memory grow?
 
     python -m benchmarks.soak --minutes 60 [--bundle DIR] [--seed N] [--kill-every SECONDS] [--out FILE]
 
-A small server of its own gets a random mixture of requests from clients that leave, read slowly, cancel, send nonsense
-or come in bursts, while its engine is killed or stopped now and then. Each request must end in one of the ways that its
-kind allows; whatever else happens is printed as LOST. The last line is JSON; the status is 1 where anything was wrong.
+A small server gets a random mixture of requests from clients that disconnect, read slowly, cancel, send bad requests
+or come in bursts, while its engine is killed or stopped at random moments. Each request must end in a way that its kind
+allows; any other ending is printed as LOST. The last line is JSON; the exit status is 1 if a check failed.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from urllib.request import urlopen
 import uvloop
 from tqdm import tqdm
 
-from benchmarks import client
-from benchmarks.client import Address, Connection, Reply, ServerProcess, encode_request
+from benchmarks.client import Address, Connection, Reply, ask, encode_request
 from benchmarks.load import SHAKESPEARE, flags_of
+from benchmarks.server_process import ServerProcess, get_json, is_alive, machine, resident_bytes
 
 SMALL = flags_of(["num_rows=8", "max_waiting=16", "max_behind=64", "max_restarts=1000000"])
 NUM_CLIENTS, BURST = 20, 60
-ENDING_S, RECOVERY_S, QUIET_S = 180.0, 90.0, 10.0  # what has not happened by then is a failure
-MAX_LOST = 200  # more say nothing new
-JUDGED_MINUTES = 5  # the memory of a shorter run is still warming up
-GROWTH, SLACK = 1.15, 20e6  # of the last fifth's median over the first's, and bytes on top
+ENDING_S, RECOVERY_S, QUIET_S = 180.0, 90.0, 10.0  # time limits: of a request, of a new engine, of the last rows
+MAX_LOST = 200  # the test stops after so many problems
+JUDGED_MINUTES = 5  # a shorter run does not judge memory, which still warms up
+GROWTH, SLACK = 1.15, 20e6  # allowed median of the last fifth: this factor of the first fifth's, plus bytes
 TEXT = SHAKESPEARE.read_text()
 BAD: list[tuple[str, str, Any, int]] = [
     ("POST", "/generate", b"{", 400),
@@ -55,12 +55,12 @@ BAD: list[tuple[str, str, Any, int]] = [
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One request, what its client does meanwhile, and how it may end beside being refused (429, 503)."""
+    """A request, the actions of its client, and the endings that are allowed besides a refusal (429, 503)."""
 
     request: bytes
     kind: str = ""
     status: int = 200
-    num_sequences: int = 0  # admitted with status 200
+    num_sequences: int = 0  # sequences that status 200 admits
     is_list: bool = False
     stream: bool = False
     timed: bool = False
@@ -70,15 +70,15 @@ class Case:
 
     @property
     def is_slow(self) -> bool:
-        """Whether its client stops reading for a while."""
+        """Whether the client stops reading for a while."""
         return len(self.actions) > 1
 
 
 def draw_cases(rng: random.Random) -> list[Case]:
-    """What a client does next; a burst is several at once."""
+    """The next case of a client at random; for a burst several cases that run at the same time."""
     kind = rng.choices(list(KINDS), [weight for weight, _ in KINDS.values()])[0]
-    made = KINDS[kind][1](rng)
-    return [replace(case, kind=kind) for case in (made if isinstance(made, list) else [made])]
+    drawn = KINDS[kind][1](rng)
+    return [replace(case, kind=kind) for case in (drawn if isinstance(drawn, list) else [drawn])]
 
 
 def _text(rng: random.Random, size: int) -> str:
@@ -87,7 +87,7 @@ def _text(rng: random.Random, size: int) -> str:
 
 
 def _generate(rng: random.Random, **fixed: Any) -> Case:
-    """A generation; `fixed`: inputs, stream, timeout_s, and any parameter."""
+    """A random generation. fixed: given values of inputs, stream, timeout_s and parameters."""
     parameters: dict[str, Any] = {"max_new_tokens": rng.choice((1, 8, 32, 100))}
     if rng.random() < 0.6:
         parameters |= {"temperature": round(rng.uniform(0.1, 2), 2), "seed": rng.getrandbits(53)}
@@ -113,7 +113,7 @@ def _score(rng: random.Random, size: int) -> Case:
 
 
 def _leaver(rng: random.Random) -> Case:
-    """Leaves with half a request sent, at once, or somewhere on the way."""
+    """A request whose client disconnects: after half a request, at once, or later."""
     case = _score(rng, 20_000) if rng.random() < 0.2 else _generate(rng, max_new_tokens=500, ignore_eos=True)
     if rng.random() < 0.2:
         half = case.request[: rng.randrange(1, len(case.request))]
@@ -147,7 +147,7 @@ KINDS: dict[str, tuple[float, Callable[[random.Random], Case | list[Case]]]] = {
 
 
 def judge(case: Case, reply: Reply, *, outage: bool) -> str:
-    """The name of an ending, beginning with "lost" where the case does not allow it. outage: the engine was killed."""
+    """The name of an ending; it begins with "lost" if the case does not allow it. outage: the engine was killed."""
     if reply.error:
         allowed = {"left": bool(case.actions) and not case.is_slow, "cut off": case.is_slow}
         return reply.error if allowed.get(reply.error) else f"lost: {reply.error}, status {reply.status}"
@@ -210,32 +210,32 @@ def _ending_of(case: Case, reasons: set[str]) -> str:
 def _judge_plain(case: Case, body: Any) -> str:
     if case.is_list != isinstance(body, list) or (case.is_list and len(body) != case.num_sequences):
         return "lost: not as many answers as asked for"
-    for one in body if case.is_list else [body]:
-        one["logprob" if "logprob" in one else "generated_text"]  # raises where neither is there
+    for answer in body if case.is_list else [body]:
+        answer["logprob" if "logprob" in answer else "generated_text"]  # KeyError if neither key is there
     return "answered"
 
 
 class Soak:
-    """The clients, the trouble, and the books."""
+    """One soak test: its clients, its kills of the engine, and its counts."""
 
     def __init__(self, server: ServerProcess, args: argparse.Namespace) -> None:
         self.address: Address = server.address
         self.pid = server.pid
         self.endings: Counter[tuple[str, str]] = Counter()
         self.problems: list[str] = []
-        self.num_admitted = self.num_maybe = 0  # sequences of answered requests, of those that nobody can tell
+        self.num_admitted = self.num_maybe = 0  # sequences that were admitted; that may have been admitted
         self.outages: list[list[float]] = []
-        self.samples: list[tuple[int, int | None, int | None]] = []  # API process, engine's pid, engine
+        self.samples: list[tuple[int, int | None, int | None]] = []  # bytes of API; pid, bytes of engine
         self._args = args
         self._rng = random.Random(args.seed)
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
-        """Until the time is over and the last request has ended."""
+        """Run the clients until the time is over and the last request has ended."""
         clients = [self._client(random.Random(f"{self._args.seed}-{i}")) for i in range(NUM_CLIENTS)]
-        await asyncio.gather(self._watch(), self._trouble(), *clients)
+        await asyncio.gather(self._watch(), self._kill_engines(), *clients)
         if not await self._becomes(lambda health: health["rows"]["used"] == health["queue"]["requests"] == 0, QUIET_S):
-            self._complain(f"not quiet at the end: {await self._health()}")
+            self._report(f"not quiet at the end: {await self._health()}")
 
     async def _client(self, rng: random.Random) -> None:
         while not self._stop.is_set():
@@ -243,7 +243,7 @@ class Soak:
             await asyncio.sleep(rng.expovariate(20))
 
     async def _serve(self, case: Case) -> None:
-        """One request to its end, and into the books."""
+        """Send the request of a case, and count and judge its ending."""
         reply, later = Reply(sent=time.perf_counter()), asyncio.get_running_loop().call_later
         canceller = asyncio.create_task(self._cancel(case))
         try:
@@ -263,17 +263,17 @@ class Soak:
         elif ending not in ("refused", "rejected"):
             self.num_maybe += case.num_sequences
         if ending.startswith("lost"):
-            self._complain(f"{case.kind} {case.name} {ending}")
+            self._report(f"{case.kind} {case.name} {ending}")
 
     async def _cancel(self, case: Case) -> None:
         if case.cancel_after is None:
             return
         await asyncio.sleep(case.cancel_after)
-        reply = await client.ask(self.address, encode_request("DELETE", f"/requests/{case.name}"), timeout_s=ENDING_S)
+        reply = await ask(self.address, encode_request("DELETE", f"/requests/{case.name}"), timeout_s=ENDING_S)
         if reply.error or reply.status not in (200, 404):
-            self._complain(f"DELETE {case.name}: {reply.error or reply.status}")
+            self._report(f"DELETE {case.name}: {reply.error or reply.status}")
 
-    async def _trouble(self) -> None:
+    async def _kill_engines(self) -> None:
         """Kill the engine at random moments; every fourth time stop it instead, which looks like a hang."""
         while self._args.kill_every:
             with contextlib.suppress(TimeoutError):
@@ -287,7 +287,7 @@ class Soak:
             if not await self._becomes(
                 lambda h, old=pid: h["state"] == "ready" and h["engine"]["pid"] != old, RECOVERY_S
             ):
-                self._complain(f"no new engine within {RECOVERY_S:.0f} s of the end of {pid}")
+                self._report(f"no new engine within {RECOVERY_S:.0f} s of the end of {pid}")
             outage[1] = time.perf_counter()
 
     async def _becomes(self, condition: Callable[[dict[str, Any]], bool], seconds: float) -> bool:
@@ -299,12 +299,12 @@ class Soak:
         return True
 
     async def _health(self) -> dict[str, Any]:
-        """Raises OSError where the API process does not answer."""
-        health: dict[str, Any] = await asyncio.to_thread(client.get_json, self.address, "/health")
+        """The reply of /health; raises OSError if the API process does not answer."""
+        health: dict[str, Any] = await asyncio.to_thread(get_json, self.address, "/health")
         return health
 
     async def _watch(self) -> None:
-        """Show progress, and sample memory, until the time is over or there is nothing more to learn."""
+        """Show progress and sample memory until the time is over or too many problems occurred."""
         total = self._args.minutes * 60
         every, start = min(10.0, total / 40), time.monotonic()
         with tqdm(total=round(total), unit="s", bar_format="{percentage:3.0f}% {elapsed}<{remaining} {postfix}") as bar:
@@ -313,19 +313,19 @@ class Soak:
                 bar.set_postfix(requests=self.endings.total(), kills=len(self.outages), wrong=len(self.problems))
                 try:
                     engine = (await self._health())["engine"]["pid"]
-                    self.samples.append((client.resident_bytes(self.pid) or 0, engine, client.resident_bytes(engine)))
+                    self.samples.append((resident_bytes(self.pid) or 0, engine, resident_bytes(engine)))
                 except OSError as error:
-                    self._complain(f"/health: {error}")
+                    self._report(f"/health: {error}")
                 await asyncio.sleep(every)
         self._stop.set()
 
-    def _complain(self, problem: str) -> None:
+    def _report(self, problem: str) -> None:
         self.problems.append(problem)
         tqdm.write(f"LOST {problem}", file=sys.stderr)
 
 
 def growth(values: Sequence[int]) -> dict[str, Any]:
-    """Median megabytes of the first and the last fifth after a warm-up of a tenth."""
+    """Median megabytes of the first and the last fifth of the samples, after a warm-up of a tenth."""
     warm = values[len(values) // 10 :]
     fifth = max(1, len(warm) // 5)
     first, last = statistics.median(warm[:fifth]), statistics.median(warm[-fifth:])
@@ -335,42 +335,42 @@ def growth(values: Sequence[int]) -> dict[str, Any]:
 def memory(samples: Sequence[tuple[int, int | None, int | None]]) -> dict[str, Any]:
     """Growth of the API process, and of every engine that lived for ten samples."""
     pids = {pid for _, pid, size in samples if pid and size}
-    engines = [[size for _, pid, size in samples if pid == one and size] for one in pids]
+    engines = [[size for _, pid, size in samples if pid == engine and size] for engine in pids]
     longest = [growth(sizes) for sizes in engines if len(sizes) >= 10]
     return {"api": growth([size for size, _, _ in samples]), "engines": longest}
 
 
 def finished_total(address: Address) -> int:
-    """Sequences that the server's own metrics count as ended."""
+    """Number of ended sequences in the metrics of the server."""
     with urlopen(f"http://{address[0]}:{address[1]}/metrics", timeout=10) as reply:
         lines = reply.read().decode().splitlines()
     return round(sum(float(line.split()[-1]) for line in lines if line.startswith("allattn_requests_finished_total{")))
 
 
 def settle(server: ServerProcess, soak: Soak, *, minutes: float) -> dict[str, Any]:
-    """Close the books: what the server counted, how it ended, what is left of it."""
+    """Stop the server and check its counts, its exit status, its processes and its memory."""
     finished = finished_total(server.address)
     children = map(int, Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split())
     engines = {*children, *(pid for _, pid, _ in soak.samples if pid)}
     status = server.stop()
-    told = [line for line in server.log.read_text(errors="replace").splitlines() if '"finish_reasons"' in line]
-    logged = sum(json.loads(line)["sequences"] for line in told)  # by the server's log
-    left = [pid for pid in engines if client.is_alive(pid)]
-    books = {"known": soak.num_admitted, "maybe": soak.num_maybe, "finished": finished, "logged": logged}
+    summaries = [line for line in server.log.read_text(errors="replace").splitlines() if '"finish_reasons"' in line]
+    logged = sum(json.loads(line)["sequences"] for line in summaries)  # number of sequences in the server's log
+    alive = [pid for pid in engines if is_alive(pid)]
+    counts = {"known": soak.num_admitted, "maybe": soak.num_maybe, "finished": finished, "logged": logged}
     sizes = memory(soak.samples)
-    grew = minutes >= JUDGED_MINUTES and any(one["grew"] for one in (sizes["api"], *sizes["engines"]))
+    grew = minutes >= JUDGED_MINUTES and any(process["grew"] for process in (sizes["api"], *sizes["engines"]))
     checks = {
         "every_request_ended": not soak.problems,
-        "books_agree": books["known"] <= finished <= books["known"] + books["maybe"] and logged == finished,
+        "books_agree": counts["known"] <= finished <= counts["known"] + counts["maybe"] and logged == finished,
         "exit_status_0": status == 0,
-        "no_process_left": not left,
+        "no_process_left": not alive,
         "memory_is_flat": not grew,
     }
-    return {"checks": checks, "sequences": books, "memory": sizes, "problems": soak.problems[:MAX_LOST]}
+    return {"checks": checks, "sequences": counts, "memory": sizes, "problems": soak.problems[:MAX_LOST]}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run, settle, print; 1 where anything was wrong."""
+    """Run the test and print the results; returns 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--bundle", default="bundles/default")
@@ -389,7 +389,7 @@ def main(argv: Sequence[str]) -> int:
     for name, value in {**endings, **result["sequences"], **result["checks"]}.items():
         print(f"{name:>28} {value}")
     facts = {"benchmark": "soak", "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    facts |= {"machine": client.machine(), "minutes": args.minutes, "seed": args.seed, "kills": len(soak.outages)}
+    facts |= {"machine": machine(), "minutes": args.minutes, "seed": args.seed, "kills": len(soak.outages)}
     print(line := json.dumps({**facts, "requests": soak.endings.total(), "endings": endings, **result}))
     if args.out:
         args.out.write_text(line + "\n")

@@ -1,9 +1,9 @@
-"""What others do to a stream: a long document scored beside it, and ten times more clients than the server can hold.
+"""Measure how other clients slow a stream down: a long scored document, and ten times more clients than rows.
 
     python -m benchmarks.stall [--bundle DIR|paper] [--seconds 15] [--rounds 2] [--pause 0.25] [--set NAME=VALUE ...]
 
-Each experiment runs one server and alternates: without, with, without, with ... Figures are taken over all windows of
-a kind. The last line is JSON, figures beside the goals.
+Each experiment starts a server and alternates windows without and with the disturbance. Metrics are over all windows of
+a kind. The last line is JSON with the metrics and the goals.
 """
 
 import argparse
@@ -22,15 +22,16 @@ import numpy as np
 import uvloop
 from tqdm import tqdm
 
-from benchmarks.client import Address, Reply, ServerProcess, ask, encode_request, machine
+from benchmarks.client import Address, Reply, ask, encode_request
 from benchmarks.load import SHAKESPEARE, Crowd, encode_generate, figures, flags_of, lengths_of, real_prompts, spread
 from benchmarks.paper import PAPER, write_paper_bundle
+from benchmarks.server_process import ServerProcess, machine
 
 NUM_STREAMS = 16
 DOCUMENT_BYTES = 500_000
-SMALL = ["--num-rows", "8", "--max-waiting", "8"]  # so that 160 clients are ten times what it holds
+SMALL = ["--num-rows", "8", "--max-waiting", "8"]  # so that 160 clients are ten times its capacity
 CAPACITY, OVERLOAD = 16, 10
-SETTLE_S = 1.0  # after each change, before a window opens
+SETTLE_S = 1.0  # seconds between a change and the next window
 GOALS = {"refusal_ms": 20, "p99_itl_with_score_over_without": 1.5, "overload_tokens_per_s_over_without": 0.95}
 
 Disturbance = Callable[[], AbstractAsyncContextManager[Any]]
@@ -38,13 +39,13 @@ Window = tuple[float, float]
 
 
 def generations(prompts: list[list[int]], *, num_short: int, num_tokens: int = 256) -> Iterator[bytes]:
-    """Requests without end."""
+    """An endless sequence of requests."""
     for i, length in enumerate(lengths_of(num_tokens, num_short=num_short)):
         yield encode_generate(prompts[i % len(prompts)], num_tokens=length)
 
 
 async def alternate(disturb: Disturbance, *, args: argparse.Namespace, label: str) -> dict[str, list[Window]]:
-    """Windows "without" and "with" the disturbance, in turns."""
+    """Measure windows "without" and "with" the disturbance in turn."""
     windows: dict[str, list[Window]] = {"without": [], "with": []}
     for _ in tqdm(range(args.rounds), desc=label, unit="round"):
         windows["without"].append(await window(args.seconds))
@@ -54,7 +55,7 @@ async def alternate(disturb: Disturbance, *, args: argparse.Namespace, label: st
 
 
 async def window(seconds: float) -> Window:
-    """Settle, then let time pass."""
+    """Wait SETTLE_S, then measure a window: its start and its end."""
     await asyncio.sleep(SETTLE_S)
     start = time.perf_counter()
     await asyncio.sleep(seconds)
@@ -62,7 +63,7 @@ async def window(seconds: float) -> Window:
 
 
 def pooled(replies: Sequence[Reply], windows: Sequence[Window]) -> dict[str, Any]:
-    """Inter-token latency over all windows of a kind, and their mean rate."""
+    """Inter-token latency and tokens per second over all windows of a kind."""
     stamps = [np.array(reply.times) for reply in replies]
     inside = [np.diff(times)[(times[1:] >= start) & (times[1:] < end)] for times in stamps for start, end in windows]
     rows = [figures(replies, start=start, end=end) for start, end in windows]
@@ -71,7 +72,7 @@ def pooled(replies: Sequence[Reply], windows: Sequence[Window]) -> dict[str, Any
 
 
 async def beside_a_document(address: Address, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
-    """Sixteen streams, with and without a long document that is scored."""
+    """Measure 16 streams without and with a long document that is scored at the same time."""
     document = SHAKESPEARE.read_bytes()[:DOCUMENT_BYTES].decode(errors="ignore")
     request = encode_request("POST", "/score", body={"inputs": document})
     scored: list[Reply] = []
@@ -98,7 +99,7 @@ async def beside_a_document(address: Address, prompts: list[list[int]], args: ar
 
 
 async def overload(address: Address, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
-    """As many clients as fit, with and without nine times as many more."""
+    """Measure as many clients as the server can hold, without and with nine times more clients."""
     replies: list[Reply] = []
 
     @asynccontextmanager
@@ -114,11 +115,11 @@ async def overload(address: Address, prompts: list[list[int]], args: argparse.Na
         await crowd.until_busy(8)
         windows = await alternate(others, args=args, label="ten times more clients")
         replies.extend(crowd.replies)
-    row = {name: pooled(replies, some) for name, some in windows.items()}
+    row = {name: pooled(replies, spans) for name, spans in windows.items()}
     spans = windows["with"]
-    refused = [one for one in replies if one.status in (429, 503) and any(a <= one.sent < b for a, b in spans)]
-    seconds = np.array([one.ended - one.sent for one in refused])
-    bare = sum(b"retry-after" not in one.headers for one in refused)
+    refused = [reply for reply in replies if reply.status in (429, 503) and any(a <= reply.sent < b for a, b in spans)]
+    seconds = np.array([reply.ended - reply.sent for reply in refused])
+    bare = sum(b"retry-after" not in reply.headers for reply in refused)
     return {
         **row,
         "overload_tokens_per_s_over_without": round(row["with"]["tokens_per_s"] / row["without"]["tokens_per_s"], 3),
@@ -126,12 +127,12 @@ async def overload(address: Address, prompts: list[list[int]], args: argparse.Na
         "refusals_per_s": round(len(refused) / sum(end - start for start, end in spans), 1),
         "refusals_without_retry_after": bare,
         "refusal_ms": {**spread(seconds), "max": round(float(seconds.max()) * 1e3, 3) if len(refused) else None},
-        "problems": sorted({one.problem for one in replies} - {"", "429", "503"}),
+        "problems": sorted({reply.problem for reply in replies} - {"", "429", "503"}),
     }
 
 
 def measure(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Both experiments, each with a server of its own."""
+    """Run both experiments, each with its own server."""
     prompts = real_prompts(bundle, text=SHAKESPEARE, num_tokens=64)
     flags = ["--bundle", str(bundle), *flags_of(args.set)]
     with ServerProcess(flags) as server:
@@ -141,7 +142,7 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """For the eye."""
+    """Print the results as a table."""
     print(f"{'':>28} {'tokens/s':>9} {'ITL ms p50':>11} {'p99':>9}")
     for name in ("document", "overload"):
         for kind in ("without", "with"):
@@ -152,7 +153,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure and print."""
+    """Run the experiments and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", default="bundles/default", help=f"folder, or {PAPER}: 39 M random weights")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each window")

@@ -1,18 +1,21 @@
-"""Training speed beside two neighbours, in one run: the paper's formulation written out, and a GPT of the same size.
+"""Compare the speed of training with the paper's formulation written out and with a GPT of the same size.
 
 `python -m benchmarks.training [--dtype bfloat16] [--device cuda] [--compile]` trains four models in turn, each in its
-own process, a few steps at a time, so that what else the machine does falls on all alike:
+own process, a few steps at a time, so that other load of the machine affects all models alike:
 
-- ours: `training.loop.Run`, as `python -m training.run` has it;
-- keys: the same with `--cache keys`: keys and values of earlier blocks are kept, not made again;
-- naive: the same network as the paper writes it: every head over the whole maximum span, scores moved from keys to
-  distances and back, one normalisation for the softmax and one for the mask, loss from the scores of the whole block;
-- gpt: pre-norm transformer with feed-forward layers, as nanoGPT has it, on torch's scaled_dot_product_attention, with
-  as many parameters, the same vocabulary and a context of L tokens.
+- ours: `training.loop.Run`, as in `python -m training.run`;
+- keys: the same with `--cache keys`, which caches the keys and values of earlier blocks;
+- naive: the same network in the paper's formulation: every head attends over the whole maximum span, scores are moved
+  from keys to distances and back, softmax and mask normalise separately, the loss needs the scores of the whole block;
+- gpt: a pre-norm transformer with feed-forward layers, as in nanoGPT, with torch's scaled_dot_product_attention, the
+  same number of parameters, the same vocabulary and a context of L tokens.
 
-All see as many tokens a step, random ones (speed does not depend on them), and learn with AdamW. Reported:
-tokens/s (median step), the share of the arithmetic that a large matrix product reaches on the same machine, and peak
-memory. Ends in one line of JSON for each case.
+All models train on the same number of random tokens a step (speed does not depend on the tokens), with AdamW. Reports
+tokens/s (median step), the achieved arithmetic as a share of that of a large matrix product on the same machine, and
+peak memory. Prints one line of JSON for each case.
+
+Sizes: B streams, M tokens of a block, T tokens of the GPT's context, L maximum span, N persistent vectors, H heads,
+D head size, E width.
 """
 
 import argparse
@@ -39,19 +42,19 @@ from training.config import RunConfig, load_config
 from training.loop import Run
 
 CONTENDERS = ("ours", "keys", "naive", "gpt")
-ROUNDS = 6  # of STEPS steps of each contender; the first warms up
+ROUNDS = 6  # of STEPS steps of each model; the first round warms up
 STEPS = 2
 
 
 class NaiveLM(nn.Module):
-    """The paper's network in its own terms; weights are those of `AllAttentionLM`, which holds them."""
+    """The paper's formulation of the network, with the weights of an `AllAttentionLM`."""
 
     def __init__(self, network: AllAttentionLM) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, tokens: Tensor, targets: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Mean nats of a block [B, M], and the layer inputs [B, L, E] of the next one."""
+        """The mean cross-entropy of a block [B, M] in nats, and the caches [B, L, E] for the next block."""
         network, limit = self.network, self.network.config.max_span
         hidden = network.embedding(tokens)
         kept = []
@@ -72,7 +75,7 @@ class NaiveLM(nn.Module):
         scores = _by_distance(query @ key.mT) + query @ self.network.position.flip(-1)  # [B, H, M, L]
         shared = query @ (layer.persistent_key * math.sqrt(size)).mT  # [B, H, M, N]
         joint = torch.softmax(torch.cat((scores, shared), -1).float() / math.sqrt(size), -1)
-        distance = torch.arange(limit, 0, -1, device=hidden.device, dtype=torch.float32)  # oldest first, as the keys
+        distance = torch.arange(limit, 0, -1, device=hidden.device, dtype=torch.float32)  # oldest first, like the keys
         reach = layer.span[:, None] * limit
         mask = ((1 - distance + reach) / config.span_ramp + 1).clamp(0, 1)[:, None]  # [H, 1, L]
         context_part, shared_part = joint[..., :limit] * mask, joint[..., limit:]
@@ -84,21 +87,21 @@ class NaiveLM(nn.Module):
 
 
 def _by_distance(by_key: Tensor) -> Tensor:
-    """[..., M, L + M] of which row t holds its L keys from column t on -> [..., M, L]."""
+    """Columns by key [..., M, L + M] to columns by distance [..., M, L]: row t has its L keys from column t on."""
     *lead, rows, width = by_key.shape
     padded = F.pad(by_key.flatten(-2), (0, rows))
     return padded.view(*lead, rows, width + 1)[..., : width - rows]
 
 
 def _by_key(by_distance: Tensor) -> Tensor:
-    """The way back: [..., M, L] -> [..., M, L + M], zero elsewhere."""
+    """Columns by distance [..., M, L] to columns by key [..., M, L + M], zero elsewhere."""
     *lead, rows, slots = by_distance.shape
     padded = F.pad(by_distance, (0, rows + 1)).flatten(-2)
     return padded[..., : rows * (slots + rows)].view(*lead, rows, slots + rows)
 
 
 class GptBlock(nn.Module):
-    """Pre-norm attention and feed-forward layer."""
+    """A pre-norm transformer block: attention and a feed-forward layer."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class GptBlock(nn.Module):
 
 
 class Gpt(nn.Module):
-    """As many layers as give the number of parameters asked for; input and output embeddings apart, as ours are."""
+    """A GPT with about as many parameters as `config` has; input and output embeddings are not tied, like ours."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -128,7 +131,7 @@ class Gpt(nn.Module):
         self.norm, self.output = nn.LayerNorm(width, bias=False), nn.Linear(width, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean nats of [B, T] tokens."""
+        """The mean cross-entropy of tokens [B, T] in nats."""
         hidden = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
         scores = self.output(self.norm(self.blocks(hidden)))
         return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
@@ -138,7 +141,7 @@ Step = Callable[[], None]
 
 
 def ours(config: RunConfig, tokens: np.ndarray) -> tuple[Step, nn.Module]:
-    """A step of `training.loop.Run`."""
+    """The training step of `training.loop.Run`, and its network."""
     network = _network(config)
     run = Run(config, network, tokens)
 
@@ -149,12 +152,12 @@ def ours(config: RunConfig, tokens: np.ndarray) -> tuple[Step, nn.Module]:
 
 
 def keys(config: RunConfig, tokens: np.ndarray) -> tuple[Step, nn.Module]:
-    """A step of `training.loop.Run` that keeps keys and values."""
+    """The training step of `training.loop.Run` with cached keys and values."""
     return ours(config.model_copy(update={"cache": "keys"}), tokens)
 
 
 def naive(config: RunConfig, tokens: np.ndarray) -> tuple[Step, nn.Module]:
-    """A step of the paper's formulation."""
+    """The training step of the paper's formulation."""
     module = NaiveLM(_network(config)).to(_device(config))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     inputs, targets = _block(config, tokens, streams=config.data.batch, length=config.data.block)
@@ -171,7 +174,7 @@ def naive(config: RunConfig, tokens: np.ndarray) -> tuple[Step, nn.Module]:
 
 
 def gpt(config: RunConfig, tokens: np.ndarray) -> tuple[Step, nn.Module]:
-    """A step of the GPT: as many tokens, in rows of its context."""
+    """The training step of the GPT, on as many tokens, in streams of its context length."""
     module = Gpt(_model(config)).to(_device(config))
     if config.compile:
         module.compile()
@@ -201,7 +204,7 @@ def _model(config: RunConfig) -> ModelConfig:
 
 
 def _network(config: RunConfig) -> AllAttentionLM:
-    """With the spans of `span_init`, which stay: a few steps at a low rate."""
+    """The network with spans of `span_init`, which a few steps at a low learning rate do not change."""
     return AllAttentionLM(_model(config))
 
 
@@ -220,7 +223,7 @@ def _block(config: RunConfig, tokens: np.ndarray, *, streams: int, length: int) 
 
 
 def flops_per_token(config: RunConfig, contender: str) -> float:
-    """Multiply-adds of forward and backward, times 2, that a token needs if no head looks further than its span."""
+    """Floating-point operations of forward and backward for a token, if no head attends beyond its span."""
     model = _model(config)
     width, head = model.width, model.head_size
     if contender == "gpt":
@@ -234,7 +237,7 @@ def flops_per_token(config: RunConfig, contender: str) -> float:
 
 
 def peak_flops(config: RunConfig) -> float:
-    """What one large matrix product reaches, per second."""
+    """Floating-point operations per second of a large matrix product."""
     device, dtype = _device(config), torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -249,7 +252,7 @@ def peak_flops(config: RunConfig) -> float:
 
 
 def serve_contender(name: str, flags: list[str]) -> None:
-    """A child: for each line on standard input take STEPS steps and print their seconds, at the end the peak memory."""
+    """Run a child process: for each line on stdin take STEPS steps and print their seconds; at the end peak memory."""
     config = load_config(flags)
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
     torch.manual_seed(1)
@@ -274,7 +277,7 @@ def serve_contender(name: str, flags: list[str]) -> None:
 
 
 def measure(flags: list[str], contenders: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """For each contender median seconds a step, tokens/s, the share of the peak and memory; steps taken in turn."""
+    """For each model the median seconds a step, tokens/s, share of the peak and memory; the models take turns."""
     config = load_config(flags)
     base = [sys.executable, "-m", "benchmarks.training", "--contender"]
     children = {
@@ -305,7 +308,7 @@ def measure(flags: list[str], contenders: tuple[str, ...]) -> dict[str, dict[str
 
 
 def main() -> None:
-    """Measure every case; one line of JSON for each, and a table at the end."""
+    """Measure every case and print a line of JSON for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/default.toml", help="the shape and the batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="both if not given")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the image and tries it: without root, network, capabilities, or a file that can be written outside of /tmp, it
-# has to become healthy, to answer, and to end by itself, with status 0, on SIGTERM.
+# Builds the image and tries it: without root, network, capabilities, or a file that can be written outside of /tmp, the
+# server has to become healthy, to answer, and to end with status 0 on SIGTERM; and `allattn generate` has to work.
 #   deploy/docker-check.sh
 # Environment: ENGINE, docker, podman or buildah (the first that works here); IMAGE, its name (allattn);
 # BUILD_FLAGS, more words for the build; START_S, seconds to become healthy (120).
@@ -65,5 +65,6 @@ for ((second = 0; ; second++)); do
     sleep 1
 done
 inside python - < deploy/smoke.py
+inside allattn generate --device cpu --max-new-tokens 8 "It was a dark" && echo
 stop || { echo "docker-check: SIGTERM ended the server with status $?, not 0" >&2; exit 1; }
 echo "docker-check: passed with $ENGINE"

@@ -1,7 +1,7 @@
 """`python -m deploy.probe`: exit status 0 while the server of this container takes work, else 1 and the reason.
 
-For the image's HEALTHCHECK and for exec probes. Port and API keys are those that the server itself finds in the
-environment and in the file that ALLATTN_CONFIG names; flags given to the server are not seen.
+The image's HEALTHCHECK and exec probes run it. It finds the port and the API keys where the server does: in the
+environment and in the file that ALLATTN_CONFIG names. It does not see flags that were given to the server.
 """
 
 import os
@@ -14,7 +14,7 @@ TIMEOUT_S = 5
 
 
 def main() -> str | None:
-    """None while work is taken, else why not."""
+    """Return None while the server takes work, else the reason why it does not."""
     settings = load_settings([], environ=os.environ)
     keys = settings.all_api_keys()
     headers = {"Authorization": f"Bearer {keys[0].get_secret_value()}"} if keys else {}

@@ -1,4 +1,4 @@
-"""Read by a python inside the running container, see docker-check.sh: the server answers, and can harm nothing."""
+"""Check, inside the running container, that the server answers and can write nowhere; docker-check.sh runs it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ BODY = {"inputs": "It was a dark", "parameters": {"max_new_tokens": 16, "details
 
 
 def ask(path: str, body: object = None) -> Any:
-    """The server's answer, which has to be a good one."""
+    """Return the server's answer, whose status has to be 200."""
     connection = HTTPConnection("127.0.0.1", 8000, timeout=60)
     connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
     response = connection.getresponse()
@@ -21,7 +21,7 @@ def ask(path: str, body: object = None) -> Any:
 
 
 def can_write(folder: Path) -> bool:
-    """Whether a file can be made there."""
+    """Return whether a file can be made in the folder."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True

@@ -1,1 +1,1 @@
-"""A bundle as frozen graphs: TorchScript, ONNX, compiled packages; each verified against the baked model."""
+"""Export of a bundle to frozen graphs (TorchScript, ONNX, compiled packages), each verified against the baked model."""

@@ -1,6 +1,8 @@
-"""The baked steps as functions of tensors alone, which every format writes down; and what their tensors are called.
+"""The graphs that every format exports: the steps of a baked model as functions of tensors, and their signatures.
 
-Persistent vectors, span masks and position vectors are constants inside. What they mean is in model/artefact.py.
+Persistent vectors, span masks and position vectors are constants in the graphs. model/artefact.py defines the graphs.
+
+Sizes: B rows, T new tokens, n positions, S slots, H heads, h heads of a group, D head size, E width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +15,11 @@ from model.artefact import GraphFacts, GraphName, TensorFacts
 from model.frozen.baked import BakedLM
 
 OPSET = 20  # of ONNX
-ROWS, NEW, POSITIONS = "rows", "new", "positions"  # sizes that may differ from call to call
+ROWS, NEW, POSITIONS = "rows", "new", "positions"  # names of the sizes B, T and n, which may differ from call to call
 
 
 class Steps(nn.Module):
-    """The three graphs of a model. Rings come flat: keys and values of each group of each layer, [B, h, S, D]."""
+    """The three graphs of a model. `rings` holds, for each group of each layer, its keys and values [B, h, S, D]."""
 
     def __init__(self, model: BakedLM) -> None:
         super().__init__()
@@ -31,7 +33,14 @@ class Steps(nn.Module):
         )
 
     def decode(self, tokens: Tensor, lengths: Tensor, *rings: Tensor) -> tuple[Tensor, ...]:
-        """Tokens [B] and lengths [B], int64: logits [B, V] and, for each layer, new keys and values [B, 1, 2, H, D]."""
+        """Read one token a row.
+
+        Args:
+            tokens, lengths: [B] int64.
+
+        Returns:
+            logits [B, V] and, for each layer, new keys and values [B, 1, 2, H, D].
+        """
         views = {}
         for name, table in self.model.tables.items():
             num_slots = table.num_slots
@@ -45,26 +54,30 @@ class Steps(nn.Module):
         return logits, *new
 
     def extend(self, tokens: Tensor, num_new: Tensor, lengths: Tensor, *rings: Tensor) -> tuple[Tensor, ...]:
-        """Tokens [B, T], num_new [B] and lengths [B], int64.
+        """Read several tokens a row.
+
+        Args:
+            tokens: [B, T] int64.
+            num_new, lengths: [B] int64.
 
         Returns:
-            hidden states [B, T, E], logits [B, V] after the last new token of each row, share of attention on
+            hidden states [B, T, E], logits [B, V] after the last new token of each row, the share of attention on
             persistent vectors [B, T, layers] fp32, and, for each layer, new keys and values [B, T, 2, H, D].
         """
         by_group = self._by_group(rings)
-        lines = torch.arange(tokens.shape[0], device=tokens.device)
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
 
         def recent(layer: int, group: int) -> Tensor:
             key, value = by_group[layer][group]
             _, heads, num_slots, _ = key.shape
             order = (lengths[:, None] + torch.arange(num_slots, device=lengths.device)) % num_slots  # [B, S]
-            head = lines[:, None] * heads + torch.arange(heads, device=lines.device)  # [B, h]
-            place = head[:, :, None] * num_slots + order[:, None]  # [B, h, S]
-            return torch.stack([ring.flatten(0, 2)[place].transpose(0, 1) for ring in (key, value)])
+            head = rows[:, None] * heads + torch.arange(heads, device=rows.device)  # [B, h]
+            index = head[:, :, None] * num_slots + order[:, None]  # [B, h, S]
+            return torch.stack([ring.flatten(0, 2)[index].transpose(0, 1) for ring in (key, value)])
 
         shares: list[Tensor] = []
         hidden, new = self.model.extend_tensors(tokens, recent, filled=lengths, shares=shares)
-        last = hidden[lines, num_new - 1]
+        last = hidden[rows, num_new - 1]  # [B, E]
         return hidden, self.model.logits(last), torch.stack(shares, -1), *new
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -77,7 +90,7 @@ class Steps(nn.Module):
 
 
 class Signature(NamedTuple):
-    """What goes into a graph and comes out, and inputs to trace it with."""
+    """The inputs and outputs of a graph, and example inputs to trace it with."""
 
     name: GraphName
     inputs: list[TensorFacts]
@@ -94,12 +107,12 @@ class Signature(NamedTuple):
         )
 
     def facts(self, file: str) -> GraphFacts:
-        """What the manifest says of the graph."""
+        """The manifest's entry for the graph."""
         return GraphFacts(file=file, inputs=tuple(self.inputs), outputs=tuple(self.outputs))
 
 
 class Graph(nn.Module):
-    """One of the graphs as a module of its own."""
+    """One of the three graphs as a module."""
 
     def __init__(self, steps: Steps, name: GraphName) -> None:
         super().__init__()
@@ -107,22 +120,24 @@ class Graph(nn.Module):
         self._name = name
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Compute it."""
+        """The outputs of the graph."""
         step: Callable[..., Tensor | tuple[Tensor, ...]] = getattr(self.steps, self._name)
         return step(*inputs)
 
 
 def signatures(model: BakedLM) -> list[Signature]:
-    """Of the three graphs of a model."""
+    """The signatures of the three graphs of a model."""
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     head = config.head_size
     tokens, lengths = TensorFacts(name="tokens", dtype="int64", shape=(ROWS,)), _int64("lengths")
     rings = [
         TensorFacts(
-            name=f"layer{index}.group{place}.{half}", dtype=dtype, shape=(ROWS, group.num_heads, group.num_slots, head)
+            name=f"layer{layer_index}.group{group_index}.{half}",
+            dtype=dtype,
+            shape=(ROWS, group.num_heads, group.num_slots, head),
         )
-        for index, layer in enumerate(model.layers)
-        for place, group in enumerate(layer.groups)
+        for layer_index, layer in enumerate(model.layers)
+        for group_index, group in enumerate(layer.groups)
         for half in ("key", "value")
     ]
 
@@ -133,10 +148,10 @@ def signatures(model: BakedLM) -> list[Signature]:
     logits = TensorFacts(name="logits", dtype="float32", shape=(ROWS, config.vocab_size))
     hidden = TensorFacts(name="hidden", dtype=dtype, shape=(ROWS, NEW, config.width))
     share = TensorFacts(name="memory_share", dtype="float32", shape=(ROWS, NEW, config.num_layers))
-    stretch = TensorFacts(name="tokens", dtype="int64", shape=(ROWS, NEW))
+    chunk = TensorFacts(name="tokens", dtype="int64", shape=(ROWS, NEW))
     found: list[tuple[GraphName, list[TensorFacts], list[TensorFacts]]] = [
         ("decode", [tokens, lengths, *rings], [logits, *new(1)]),
-        ("extend", [stretch, _int64("num_new"), lengths, *rings], [hidden, logits, share, *new(NEW)]),
+        ("extend", [chunk, _int64("num_new"), lengths, *rings], [hidden, logits, share, *new(NEW)]),
         (
             "logits",
             [TensorFacts(name="hidden", dtype=dtype, shape=(POSITIONS, config.width))],
@@ -151,7 +166,7 @@ def _int64(name: str) -> TensorFacts:
 
 
 def _example(inputs: Sequence[TensorFacts], model: BakedLM) -> tuple[Tensor, ...]:
-    """Ones of small sizes; neither 0 nor 1, which tracers take for constants."""
+    """Tensors of ones. No size is 0 or 1, because a tracer takes these sizes for constants."""
     sizes = {ROWS: 2, NEW: 3, POSITIONS: 5}
     return tuple(
         torch.ones(

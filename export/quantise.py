@@ -1,7 +1,7 @@
-"""Weights of ONNX graphs in 8 or 4 bits: blocks of them share a scale, activations and rings stay float32.
+"""Quantised weights for ONNX graphs: 8 or 4 bits, one scale for each block of weights; activations stay float32.
 
-Every product with a constant matrix becomes a MatMulNBits of ONNX Runtime. What a row gets depends on that row alone,
-which is not so where activations are quantised by one scale a batch.
+Every product with a constant matrix becomes a MatMulNBits of ONNX Runtime. The result of a row depends only on the row,
+which would not hold if all activations of a batch shared one scale.
 """
 
 import logging
@@ -12,11 +12,11 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from onnxscript import ir, optimizer
 
-BLOCK = 64  # weights that share a scale: a head's size in the paper's models
-ACCURACY_LEVEL = 4  # products of 8-bit integers, with a scale for each block of each row
+BLOCK = 64  # weights that share a scale: the head size of the paper's models
+ACCURACY_LEVEL = 4  # products of 8-bit integers; activations have a scale for each block of each row
 UNLIMITED = 1 << 40  # bytes
 
-for _name in ("onnxscript", "onnx_ir", "onnxruntime"):  # importing the quantiser makes every logger talk
+for _name in ("onnxscript", "onnx_ir", "onnxruntime"):  # the quantiser's import turns their logs on
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
@@ -37,7 +37,7 @@ def quantised(proto: onnx.ModelProto, *, bits: int, accuracy_level: int = ACCURA
 
 
 def _split_heads(proto: onnx.ModelProto) -> None:
-    """Make [h, X, K] @ constant [h, K, N] products of single heads, since only matrices are quantised."""
+    """Split every product [h, X, K] @ constant [h, K, N] into h products, because only matrices are quantised."""
     graph = proto.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes = []

@@ -11,13 +11,14 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from export.graph import OPSET, Signature, Steps, signatures
 from export.verify import NUM_BYTES, TEXT, Verified, positive, read_text, verify
-from model.artefact import ArtefactError, GraphFacts, GraphName, Kind, check_replaceable, open_artefact, write_manifest
+from model.artefact import ArtefactError, GraphFacts, GraphName, check_replaceable, open_artefact, write_manifest
+from model.backends import ArtefactKind, LoadOptions
 from model.bundle import DESCRIPTION, Bundle, BundleError, open_bundle
 from model.folder import replacing
 from model.frozen.baked import BakedLM, load_baked
@@ -27,7 +28,7 @@ from model.frozen.exported import load_exported
 class Format(NamedTuple):
     """What can be asked for."""
 
-    kind: Kind
+    kind: ArtefactKind
     weights: str
     dtype: str = "float32"  # of rings and hidden states
     bits: int | None = None  # of weights, if they are quantised
@@ -63,7 +64,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def export(
-    bundle_path: Path, out: Path, *, format: str, device: str = "cpu", text: Path = TEXT, num_bytes: int = NUM_BYTES
+    bundle_path: Path,
+    out: Path,
+    *,
+    format: str,
+    device: Literal["cpu", "cuda"] = "cpu",
+    text: Path = TEXT,
+    num_bytes: int = NUM_BYTES,
 ) -> Verified:
     """Write and verify an artefact at `out`, in place of the artefact that may be there.
 
@@ -95,7 +102,7 @@ def export(
             graphs[graph], begun = described, time.monotonic()
         facts = _facts(form, model, bundle, graphs)
         write_manifest(fresh, facts={**facts, "verified": {}})
-        exported = load_exported(open_artefact(fresh), device=device)
+        exported = load_exported(open_artefact(fresh), LoadOptions(device=device))
         verified = verify(bundle, exported, weights=form.weights, text=text, num_bytes=num_bytes)
         manifest = write_manifest(fresh, facts={**facts, "verified": {"text": text.name, **asdict(verified)}})
     print("  " + str(verified).replace("\n", "\n  "))

@@ -1,4 +1,4 @@
-"""ONNX: three graphs over one file of weights."""
+"""Export to ONNX: three graphs that share one file of weights."""
 
 import hashlib
 import logging
@@ -15,8 +15,8 @@ from export.graph import OPSET, Graph, Signature, Steps
 from model.artefact import MODEL_HASH, GraphFacts, GraphName
 
 WEIGHTS = "weights.bin"
-ALIGNMENT = 4096  # bytes; pages, so that the file can be mapped
-SMALL = 1024  # bytes of a constant that stays in the graph's own file
+ALIGNMENT = 4096  # bytes: a page, so that the file can be mapped into memory
+SMALL = 1024  # bytes; smaller constants stay in the file of the graph
 
 Change = Callable[[onnx.ModelProto], onnx.ModelProto]
 
@@ -24,10 +24,10 @@ Change = Callable[[onnx.ModelProto], onnx.ModelProto]
 def write_onnx(
     steps: Steps, signatures: Sequence[Signature], folder: Path, *, model_hash: str, change: Change | None = None
 ) -> Iterator[tuple[GraphName, GraphFacts]]:
-    """Write NAME.onnx for each graph, and weights.bin, in which constants that graphs have in common lie once.
+    """Write NAME.onnx for each graph, and weights.bin, which holds every constant once, shared by the graphs.
 
     Args:
-        change: what shall be done to each graph before it is written.
+        change: applied to each graph before it is written.
 
     Yields:
         each graph's name and facts, once it is written and checked by onnx.checker.
@@ -49,9 +49,9 @@ def write_onnx(
 
 
 def to_proto(steps: Steps, signature: Signature) -> onnx.ModelProto:
-    """One graph with its constants inside."""
+    """One graph as an ONNX model that contains its constants."""
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter to its own authors, as what it logs
+        warnings.simplefilter("ignore")  # they are for the exporter's authors, like its logs
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             Graph(steps, signature.name),
@@ -69,7 +69,10 @@ def to_proto(steps: Steps, signature: Signature) -> onnx.ModelProto:
 
 
 def _move_out(tensor: TensorProto, *, weights: BinaryIO, places: dict[bytes, tuple[int, int]]) -> None:
-    """Write a constant's bytes to the file of weights, unless the same bytes are there, and let it point to them."""
+    """Move a constant to the file of weights, unless equal bytes are there already, and make `tensor` refer to it.
+
+    places: offset and length in the file, by digest.
+    """
     content = tensor.raw_data
     if len(content) < SMALL:
         return

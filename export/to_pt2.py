@@ -1,6 +1,6 @@
-"""pt2: each graph exported by torch.export and compiled for this machine's kind of processor by AOTInductor.
+"""Export to pt2: torch.export exports each graph, and AOTInductor compiles it for this machine's kind of processor.
 
-Compiling needs a C++ compiler; running needs torch alone.
+Compiling needs a C++ compiler; running needs only torch.
 """
 
 import logging

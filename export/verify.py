@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from model.artefact import ArtefactError, open_artefact
+from model.backends import LoadOptions
 from model.bundle import Bundle, BundleError, open_bundle
 from model.frozen.baked import BakedLM, load_baked
 from model.frozen.exported import ExportedLM, load_exported
@@ -247,7 +248,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{asked.artefact} was made from the model {artefact.manifest.model_hash}, {asked.bundle} is "
                 f"{bundle.hash}; verify it against the bundle that it was made from"
             )
-        exported = load_exported(artefact, device=asked.device)
+        exported = load_exported(artefact, LoadOptions(device=asked.device))
         found = verify(bundle, exported, weights=artefact.manifest.weights, text=asked.text, num_bytes=asked.num_bytes)
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""The maths of all-attention language models and the bundle they ship in; knows no HTTP and no optimizer."""
+"""The maths of all-attention language models and the bundle that stores one; knows no HTTP and no optimizer."""

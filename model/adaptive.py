@@ -1,20 +1,20 @@
 """Adaptive input and adaptive softmax with tied tables: for vocabularies of words, most of which are rare.
 
-The words are in order of frequency and cut into clusters; cluster i has words low_i .. high_i - 1, a table T_i of their
-vectors, narrower the rarer they are, and a matrix on each side between its width and the model's:
+The words are sorted by frequency and cut into clusters. Cluster i has the words low_i .. high_i - 1, a table T_i of
+their vectors (narrower for rarer words), and on each side a matrix between the cluster's width and the model's width:
 
     input   (Baevski and Auli 2019, arXiv 1809.10853):   x(w) = sqrt(E) P_i T_i[w - low_i]
     output  (Grave et al. 2017, arXiv 1609.04309), for a hidden state h:
             head   softmax over the words of cluster 0 and one entry for each further cluster:
                    T_0 (Q_0^T h) + b_0  and  c (Q_0^T h) + c_bias
             tail i softmax over the words of cluster i:  T_i (Q_i^T h) + b_i
-            p(w) = head(w) in cluster 0, else head(entry of i) tail_i(w); of C further clusters i's entry is row C - i
-                   of c: they count from the end, as in the authors' checkpoints.
+            p(w) = head(w) in cluster 0, else head(entry of i) tail_i(w). The entry of cluster i is row C - i of c: the
+                   rows are counted from the end, as in the authors' checkpoints.
 
 P, T, Q, b, c are `embedding.projections`, `embedding.tables`, `output.projections`, `output.biases`, `output.cluster`.
 torch.nn.AdaptiveLogSoftmaxWithLoss is this without b in the tails, without Q_0, and without a way to share T.
 
-Sizes: E width, w_i width of a cluster, n_i its words, C further clusters, V vocabulary, P positions.
+Sizes: E width, w_i width of cluster i, n_i words of cluster i, C clusters after cluster 0, V vocabulary, P positions.
 """
 
 import math
@@ -31,11 +31,11 @@ from model.cross_entropy import summed_nats
 
 
 class Cluster(NamedTuple):
-    """Words of like frequency."""
+    """A range of words of similar frequency, whose vectors have the same width."""
 
-    low: int  # its first word
+    low: int  # the first word of the cluster
     high: int  # the first word of the next cluster
-    width: int  # of its words' vectors
+    width: int  # size of the words' vectors
 
 
 def clusters_of(config: ModelConfig) -> list[Cluster]:
@@ -45,7 +45,7 @@ def clusters_of(config: ModelConfig) -> list[Cluster]:
 
 
 class AdaptiveEmbedding(nn.Module):
-    """The input side; begins as the official code does, with tables of N(0, 1) and torch's usual projections."""
+    """The adaptive input embedding, initialised as in the official code: tables N(0, 1), projections as torch does."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,18 +58,18 @@ class AdaptiveEmbedding(nn.Module):
 
     @property
     def weights(self) -> list[Tensor]:
-        """The tables [n_i, w_i], which the output shares."""
+        """The tables [n_i, w_i], which the output layer shares."""
         return [table.weight for table in self.tables]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[...] int64 -> [..., E]."""
+        """Embed tokens: [...] int64 -> [..., E]."""
         tables = self.weights
         joined = torch.cat([projection.weight for projection in self.projections], -1)  # [E, sum w]
         return F.linear(_look_up(tokens, tables), joined).to(tables[0].dtype) * self.scale
 
 
 class AdaptiveOutput(nn.Module):
-    """The output side. `tables` [n_i, w_i] are the input's."""
+    """The adaptive softmax. Its methods take `tables`, the tables [n_i, w_i] of the input embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,17 +90,19 @@ class AdaptiveOutput(nn.Module):
         return join_clusters(head, tails, sizes=[high - low for low, high, _ in self.clusters])
 
     def loss(self, hidden: Tensor, tables: Sequence[Tensor], targets: Tensor) -> Tensor:
-        """Nats of the next tokens `targets` [P], summed, from hidden states [P, E]: a scalar, fp32.
+        """Summed cross-entropy, in nats, of the next tokens `targets` [P] given hidden states [P, E]: a scalar, fp32.
 
-        Of a tail only the positions are computed whose target is in it; scores of all words exist nowhere.
+        Each tail is computed only at the positions whose target is in it; no tensor holds the scores of all words.
         """
         first = self.clusters[0].high
         columns = targets
         nats = hidden.new_zeros((), dtype=torch.float32)
         for i, (low, high, _) in enumerate(self.clusters[1:], 1):
-            places = ((targets >= low) & (targets < high)).nonzero()[:, 0]
-            columns = columns.index_fill(0, places, first + len(self.clusters) - 1 - i)
-            nats = nats + summed_nats(self._narrow(hidden[places], i), tables[i], self.biases[i], targets[places] - low)
+            positions = ((targets >= low) & (targets < high)).nonzero()[:, 0]
+            columns = columns.index_fill(0, positions, first + len(self.clusters) - 1 - i)
+            nats = nats + summed_nats(
+                self._narrow(hidden[positions], i), tables[i], self.biases[i], targets[positions] - low
+            )
         return nats + summed_nats(self._narrow(hidden, 0), *self.head(tables), columns)
 
     def _narrow(self, hidden: Tensor, i: int) -> Tensor:
@@ -108,12 +110,12 @@ class AdaptiveOutput(nn.Module):
         return F.linear(hidden, self.projections[i].weight.mT)
 
     def head(self, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Weight [n_0 + C, E] and bias of the head."""
+        """Weight [n_0 + C, E] and bias [n_0 + C] of the head."""
         return torch.cat((tables[0], self.cluster.weight)), torch.cat((self.biases[0], self.cluster.bias))
 
 
 class BakedAdaptive(nn.Module):
-    """Both sides, frozen. Shapes depend on the number of tokens alone, never on which words they are."""
+    """Adaptive input and softmax with constant weights. Shapes depend on the number of tokens, not on their values."""
 
     def __init__(self, embedding: AdaptiveEmbedding, output: AdaptiveOutput) -> None:
         super().__init__()
@@ -122,14 +124,15 @@ class BakedAdaptive(nn.Module):
         weight, bias = output.head(embedding.weights)
         self.head = nn.Buffer(output.projections[0].weight @ weight.mT)  # [E, n_0 + C]
         self.head_bias = nn.Buffer(bias.clone())
-        self.narrow = nn.Buffer(torch.cat([projection.weight for projection in output.projections[1:]], -1))  # [E, ..]
+        narrow = [projection.weight for projection in output.projections[1:]]
+        self.narrow = nn.Buffer(torch.cat(narrow, -1))  # [E, w_1 + ... + w_C]
         self.table = nn.Buffer(embedding.weights[0].clone())  # [n_0, E]
         self.tails: list[BakedTail] = nn.ModuleList(  # type: ignore[assignment]
             BakedTail(table, bias) for table, bias in zip(embedding.weights[1:], output.biases[1:], strict=True)
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[...] int64 -> [..., E]."""
+        """Embed tokens: [...] int64 -> [..., E]."""
         return _look_up(tokens, [self.table, *(tail.table for tail in self.tails)]) @ self.into
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ class BakedAdaptive(nn.Module):
 
 
 class BakedTail(nn.Module):
-    """The words of a further cluster, laid out for looking up and for multiplying."""
+    """One tail: the table of its words in two layouts, one to look vectors up and one to multiply by."""
 
     def __init__(self, table: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -154,7 +157,7 @@ def join_clusters(head: Tensor, tails: Iterable[Tensor], *, sizes: Sequence[int]
     """Log-probabilities [..., V] from the scores of the head [..., n_0 + C] and of the tails [..., n_i], all fp32.
 
     Args:
-        tails: looked at one after another, so that they need not exist together.
+        tails: read one after another, so an iterator need not hold them all in memory.
         sizes: n_0, n_1 ...
     """
     head = head.log_softmax(-1)
@@ -168,19 +171,19 @@ def join_clusters(head: Tensor, tails: Iterable[Tensor], *, sizes: Sequence[int]
 
 
 def _projections(clusters: Sequence[Cluster], config: ModelConfig) -> list[nn.Linear]:
-    """One matrix [E, w_i] a cluster."""
+    """One linear map with a weight [E, w_i] for each cluster."""
     return nn.ModuleList(  # type: ignore[return-value]
         nn.Linear(cluster.width, config.width, bias=False) for cluster in clusters
     )
 
 
 def _look_up(tokens: Tensor, tables: Sequence[Tensor]) -> Tensor:
-    """Vectors of all clusters side by side, [...] -> [..., sum w]; zero in those that a token is not in."""
+    """Vectors of all clusters side by side, [...] -> [..., sum w]; zero in every cluster that lacks the token."""
     parts, low = [], 0
     for table in tables:
-        place = tokens - low
-        outside = (place < 0) | (place >= len(table))
-        vectors = F.embedding(place.clamp(0, len(table) - 1), table)
+        index = tokens - low
+        outside = (index < 0) | (index >= len(table))
+        vectors = F.embedding(index.clamp(0, len(table) - 1), table)
         parts.append(vectors.masked_fill(outside[..., None], 0))
         low += len(table)
     return torch.cat(parts, -1)

@@ -1,4 +1,4 @@
-"""The artefact: the folder that export writes and that the server runs, a bundle's model as frozen graphs.
+"""The artefact: a bundle's model as frozen graphs, in a folder that export writes and the server reads.
 
 Beside a bundle's config.json, tokenizer.json and README.md it holds the graphs and manifest.json, which names every
 file with its size and sha256, every input and output, and where the slots of the rings lie. Knows no torch.
@@ -23,7 +23,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from model.bundle import Bundle, BundleError, open_description
+from model.backends import ArtefactKind
+from model.bundle import DESCRIPTION, Bundle, BundleError, open_description
 
 FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -36,7 +37,6 @@ RING_LAYOUT = (
 )
 EXPORT_AGAIN = "export the bundle again"
 
-Kind = Literal["torchscript", "onnx", "pt2"]
 GraphName = Literal["decode", "extend", "logits"]
 GRAPHS: tuple[GraphName, ...] = ("decode", "extend", "logits")
 
@@ -50,7 +50,7 @@ class _Part(BaseModel):
 
 
 class FileFacts(_Part):
-    """What a file must be."""
+    """Size and hash of a file."""
 
     num_bytes: int
     sha256: str
@@ -65,7 +65,7 @@ class TensorFacts(_Part):
 
 
 class GraphFacts(_Part):
-    """Where a graph is, and what goes in and comes out, in order."""
+    """The file of a graph, and its inputs and outputs in order."""
 
     file: str
     inputs: tuple[TensorFacts, ...]
@@ -83,7 +83,7 @@ class Manifest(_Part):
     """manifest.json as a whole."""
 
     format: Literal[1]
-    kind: Kind
+    kind: ArtefactKind  # the backend that runs it
     weights: str  # how they are kept: float32, float16, int8, int4
     dtype: Literal["float32", "float16"]  # of rings and hidden states
     device: Literal["cpu", "cuda"] | None  # that its graphs were made on, and run on; None = any
@@ -108,7 +108,7 @@ class Manifest(_Part):
 
 @dataclass(frozen=True)
 class Artefact:
-    """A folder that passed every check of `open_artefact`."""
+    """A folder that passed the checks of `open_artefact`, or of `inspect_artefact`."""
 
     path: Path
     manifest: Manifest
@@ -123,7 +123,7 @@ class Artefact:
 
 
 def is_artefact(path: str | Path) -> bool:
-    """Whether a folder means to be one."""
+    """Returns whether a folder has the manifest of an artefact."""
     return (Path(path) / MANIFEST).exists()
 
 
@@ -134,10 +134,24 @@ def open_artefact(path: str | Path) -> Artefact:
         ArtefactError: a file is missing, cut short, changed, of another model or of another format.
         BundleError: the description is not whole.
     """
+    artefact = inspect_artefact(path)
+    for name, facts in artefact.manifest.files.items():
+        _check_content(artefact.path / name, facts=facts)
+    return artefact
+
+
+def inspect_artefact(path: str | Path) -> Artefact:
+    """Check an artefact without reading its graphs, and return it.
+
+    Raises:
+        ArtefactError, BundleError: as `open_artefact`, except that a changed graph of unchanged size is not noticed.
+    """
     folder = Path(path)
     manifest = _read_manifest(folder)
     for name, facts in manifest.files.items():
-        _check_file(folder / name, facts=facts)
+        _check_size(folder / name, facts=facts)
+        if name in DESCRIPTION:
+            _check_content(folder / name, facts=facts)
     bundle = open_description(folder)
     if bundle.hash != manifest.model_hash:
         raise ArtefactError(
@@ -148,7 +162,7 @@ def open_artefact(path: str | Path) -> Artefact:
 
 
 def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> Manifest:
-    """Write manifest.json over all other files that lie in the folder; `facts` are the other fields of `Manifest`."""
+    """Write a manifest.json that lists all other files of the folder; `facts` are the other fields of `Manifest`."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.name != MANIFEST)
     files = {name: describe_file(folder / name) for name in names}
     manifest = Manifest(format=FORMAT, ring_layout=RING_LAYOUT, files=files, **facts)
@@ -157,7 +171,7 @@ def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> Manifest:
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises ArtefactError unless there is nothing, an empty folder or an artefact and no more."""
+    """Raises ArtefactError unless the target is missing, an empty folder, or an artefact without any other file."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -174,7 +188,7 @@ def check_replaceable(target: Path) -> None:
 
 
 def describe_file(file: Path) -> FileFacts:
-    """Its facts as they are."""
+    """Returns size and hash of a file."""
     digest = hashlib.sha256()
     for block in _blocks(file):
         digest.update(block)
@@ -199,7 +213,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise ArtefactError(f"{file}: {faults}; {EXPORT_AGAIN}") from error
 
 
-def _check_file(file: Path, *, facts: FileFacts) -> None:
+def _check_size(file: Path, *, facts: FileFacts) -> None:
     if not file.is_file():
         raise ArtefactError(f"{file} is missing; copy the artefact again, or {EXPORT_AGAIN}")
     if (found := file.stat().st_size) != facts.num_bytes:
@@ -208,6 +222,9 @@ def _check_file(file: Path, *, facts: FileFacts) -> None:
             f"{file} {problem}: it has {found} bytes, {MANIFEST} says {facts.num_bytes}; copy the artefact again, or "
             f"{EXPORT_AGAIN}"
         )
+
+
+def _check_content(file: Path, *, facts: FileFacts) -> None:
     if (digest := describe_file(file).sha256) != facts.sha256:
         raise ArtefactError(
             f"{file} was changed: its sha256 is {digest} and not {facts.sha256}; copy the artefact again, or "

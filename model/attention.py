@@ -1,7 +1,7 @@
-"""Attention over context and persistent vectors under one softmax: the definition, and its twin for one new token.
+"""Attention over context and persistent vectors under one softmax: the definition, and its twin for decoding.
 
 Sizes: B rows, H heads, T new tokens, S context slots, N persistent vectors, D head size.
-Queries arrive scaled by 1/sqrt(D), persistent pairs by sqrt(D) and sqrt(N). Nothing here knows layers or weights.
+Queries arrive scaled by 1/sqrt(D), persistent pairs by sqrt(D) and sqrt(N). Knows no layers and no weights.
 
 The definition works head first, [H, B, T, D], so that persistent vectors, shared by all rows, are one product per head.
 The twin works row first, [B, H, D], so that the first rows of a ring are one contiguous piece of memory.
@@ -14,18 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64  # queries that attend together: a wide band wastes products, a narrow one wastes launches
+CHUNK = 64  # queries that attend together: a wide band wastes products, a narrow band wastes kernel launches
 
 
 class Block(NamedTuple):
     """Key/value pairs that take part in one joint softmax.
 
-    `bias` is added to their scores; `mass` multiplies their probabilities before all are renormalised, which equals a
-    bias of log(mass) where the mass is positive, but keeps an exact gradient where it is zero.
+    `bias` is added to the scores of the pairs. `mass` multiplies their probabilities before all probabilities are
+    renormalised: that equals a bias of log(mass) where the mass is positive, and has an exact
+    gradient where the mass is zero.
     """
 
     key: Tensor  # [H, B, S, D], or [H, N, D] when all rows share them
-    value: Tensor  # like key
+    value: Tensor  # same shape as key
     bias: Tensor | None = None  # broadcasts to [H, B, T, S]
     mass: Tensor | None = None  # broadcasts to [H, B, T, S]
 
@@ -37,13 +38,13 @@ def joint_attention(
 
     Args:
         query: [H, B, T, D], scaled.
-        blocks: at least one; some key must be reachable from every query.
-        dropout: share of the probabilities that is dropped, the rest scaled up.
-        shares: if given, what each block gets of every query's attention, [H, B, T], is appended, block by block;
-            of blocks without `mass`.
+        blocks: at least one block; every query must reach at least one key.
+        dropout: share of the probabilities that is set to zero; the other probabilities are scaled up.
+        shares: if given, each block's share of every query's attention, [H, B, T], is appended to it, block by
+            block. Only for blocks without `mass`.
 
     Returns:
-        [H, B, T, D], in the value's dtype.
+        [H, B, T, D], in the dtype of the values.
     """
     scores = [_with_bias(_product(query, block.key.mT), block.bias) for block in blocks]
     probabilities = torch.softmax(torch.cat(scores, -1), -1)  # [H, B, T, all S]
@@ -62,7 +63,7 @@ def joint_attention(
         product = _product(part.to(block.value.dtype), block.value)
         output = product if output is None else output + product
     assert output is not None, "joint_attention needs a block"
-    # The floor only matters where masked keys outweigh all others by 1e38: there the output is 0 instead of 0 / 0.
+    # The lower bound matters only where masked keys outweigh all others by 1e38: there the output is 0, not 0 / 0.
     return output if total is None else output / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
@@ -79,15 +80,15 @@ def banded_attention(
     dropout: float = 0.0,
     shares: list[Tensor] | None = None,
 ) -> Tensor:
-    """Attend from T consecutive tokens to the S positions before each of them, and to the persistent vectors.
+    """Attend from each of T consecutive tokens to the S positions before it and to the persistent vectors.
 
     Args:
         query: [H, B, T, D].
-        key, value: [H, B, S + T, D], the S positions before the first query and then the queries' own, oldest first.
-        position: [D, S] in the order of the keys: column s belongs to distance S - s.
-        mass, log_mass: [H, S] in the same order: the soft span mask of each head, or its logarithm; give one of them.
+        key, value: [H, B, S + T, D], oldest first: the S positions before the first query, then the T new tokens.
+        position: [D, S], in the order of the keys: column s is the vector of distance S - s.
+        mass, log_mass: [H, S], in the same order: the soft span mask of each head, or its logarithm; give exactly one.
         filled: [B], how many of the S earlier positions exist in each row; None if all do.
-        shares: see `joint_attention`: of the context, of the persistent vectors.
+        shares: as in `joint_attention`; the context comes first, then the persistent vectors.
 
     Returns:
         [H, B, T, D].
@@ -117,7 +118,7 @@ def chunked_attention(
     filled: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`banded_attention` of a long block, a few queries at a time: a band over all of them would be mostly empty."""
+    """`banded_attention` of a long block, CHUNK queries at a time: one band over all queries would be mostly empty."""
     num_slots, num_new = position.shape[1], query.shape[2]
     outputs = []
     for start in range(0, num_new, CHUNK):
@@ -149,12 +150,12 @@ def to_band(by_distance: Tensor, *, outside: float) -> Tensor:
 def decode_attention(
     query: Tensor, rings: Sequence[tuple[Tensor, Tensor]], tables: Sequence[tuple[Tensor, Tensor]], persistent: Block
 ) -> Tensor:
-    """`joint_attention` of one new token a row over rings of different sizes; equal to it, without copying a ring.
+    """Equal to `joint_attention` for one new token a row, over rings of different sizes; copies no ring.
 
     Args:
         query: [B, H, D], scaled; the heads of the first ring come first.
         rings: key and value [B, h, S, D] of each group of h heads, slots in any order.
-        tables: for each ring, position vectors [B, D, S] and bias [B, h, S] of every slot (-inf where it is empty).
+        tables: for each ring, position vectors [B, D, S] and bias [B, h, S] of its slots (-inf where a slot is empty).
         persistent: key [H, D, N] (transposed once, when baked) and value [H, N, D].
 
     Returns:
@@ -167,9 +168,9 @@ def decode_attention(
         num_rows, num_heads, num_slots, head_size = key.shape
         heads = slice(first, first + num_heads)
         first = heads.stop
-        own = query[:, heads]  # [B, h, D]
-        scores = torch.baddbmm(bias, own, position).view(-1, 1, num_slots)
-        scores = torch.baddbmm(scores, own.reshape(-1, 1, head_size), key.reshape(-1, num_slots, head_size).mT)
+        group_query = query[:, heads]  # [B, h, D]
+        scores = torch.baddbmm(bias, group_query, position).view(-1, 1, num_slots)
+        scores = torch.baddbmm(scores, group_query.reshape(-1, 1, head_size), key.reshape(-1, num_slots, head_size).mT)
         joint = torch.cat((scores.view(num_rows, num_heads, num_slots), persistent_scores[:, heads]), -1)
         probabilities = torch.softmax(joint, -1)  # [B, h, S + N]
         context = probabilities[..., :num_slots].reshape(-1, 1, num_slots)

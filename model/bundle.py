@@ -1,4 +1,4 @@
-"""The bundle: the folder that training ships and that export and server read.
+"""The bundle: the folder that training writes and that export and server read.
 
 Owns its four files (model.safetensors, config.json, tokenizer.json, README.md), their checks, and writing them so that
 no reader and no crash ever sees half of them. Beside them may lie plots/, pictures for the README that no program reads
@@ -43,7 +43,7 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder that passed every check of `open_bundle`. Holds no weights: `tensors` reads them when asked."""
+    """A folder that passed the checks of `open_bundle` or `inspect_bundle`. Holds no weights: `tensors` reads them."""
 
     path: Path
     config: ModelConfig
@@ -56,9 +56,12 @@ class Bundle:
         """Every weight as a fresh float32 array, named and shaped as `config.tensor_shapes()`, in that order.
 
         Raises:
-            BundleError: model.safetensors is no longer the file that `open_bundle` checked.
+            BundleError: model.safetensors is not whole, does not fit config.json, or was changed after the bundle was
+                opened.
         """
         stored = _read_weights(self.path, sha256=self.hash)
+        dtype = _check_tensors(stored, config=self.config, where=str(self.path / WEIGHTS))
+        _check_weight_facts(self.path, dtype=dtype, num_parameters=self.config.num_parameters)
         return {name: stored[name].astype(np.float32) for name in self.config.tensor_shapes()}
 
 
@@ -116,7 +119,7 @@ def save_bundle(
     dtype = _check_tensors(tensors, config=config, where="tensors")
     facts, markdown = _as_json(training), _as_utf8(card)
     _check_pictures(pictures)
-    # safetensors reads an array's memory as it lies, so it must be contiguous.
+    # safetensors writes an array's memory as it lies, so it must be contiguous.
     weights = serialize_tensors({name: np.ascontiguousarray(tensors[name]) for name in config.tensor_shapes()})
     with replacing(target) as fresh:
         tokenizer.save(fresh / TOKENIZER)
@@ -139,6 +142,17 @@ def open_bundle(path: str | Path) -> Bundle:
     Raises:
         BundleError: a file is missing, cut short, changed, of another format, or does not fit the others.
     """
+    bundle = inspect_bundle(path)
+    bundle.tensors()
+    return bundle
+
+
+def inspect_bundle(path: str | Path) -> Bundle:
+    """Check everything in a bundle except the content of its weights, which `Bundle.tensors` checks.
+
+    Raises:
+        BundleError: as `open_bundle`.
+    """
     folder = Path(path)
     _check_present(folder, files=_FILES)
     manifest = _read_manifest(folder)
@@ -149,14 +163,11 @@ def open_bundle(path: str | Path) -> Bundle:
         raise BundleError(
             f"{folder / WEIGHTS} is cut short: it has {num_bytes} bytes, its weights alone are {least}; {_COPY_AGAIN}"
         )
-    tensors = _read_weights(folder, sha256=manifest.weights.sha256)
-    dtype = _check_tensors(tensors, config=config, where=str(folder / WEIGHTS))
-    _check_weight_facts(folder, facts=manifest.weights, dtype=dtype, num_parameters=config.num_parameters)
     return _describe(folder, manifest)
 
 
 def open_description(path: str | Path) -> Bundle:
-    """What a folder says of its model in the files of a bundle other than the weights, which it may lack.
+    """Returns the model's description from a folder that has the files of a bundle but may lack the weights.
 
     `hash` is still that of the weights, and `tensors` cannot be called.
 
@@ -215,7 +226,7 @@ def _read_weights(folder: Path, *, sha256: str) -> dict[str, NDArray[Any]]:
     _check_hash(file, content=content, sha256=sha256)
     try:
         return parse_tensors(content)
-    except (SafetensorError, KeyError) as error:  # KeyError: an element type that numpy has not
+    except (SafetensorError, KeyError) as error:  # KeyError: an element type that numpy does not know
         raise BundleError(f"{file} is not a safetensors file of float32 or float16 ({error!r})") from error
 
 
@@ -249,7 +260,7 @@ def _check_vocabulary(tokenizer: Tokenizer, *, config: ModelConfig, where: str) 
 
 
 def _check_tensors(tensors: Mapping[str, NDArray[Any]], *, config: ModelConfig, where: str) -> StoredDtype:
-    """The one dtype of the weights, once names, shapes and values are right."""
+    """Check names, shapes and values of the weights; returns their common dtype."""
     shapes = config.tensor_shapes()
     if missing := shapes.keys() - tensors.keys():
         raise BundleError(f"{where}: missing {', '.join(sorted(missing))}")
@@ -273,7 +284,8 @@ def _common_dtype(dtypes: set[str], *, where: str) -> StoredDtype:
     raise BundleError(f"{where}: weights are {', '.join(sorted(dtypes))}; they must all be float32 or all float16")
 
 
-def _check_weight_facts(folder: Path, *, facts: _Weights, dtype: StoredDtype, num_parameters: int) -> None:
+def _check_weight_facts(folder: Path, *, dtype: StoredDtype, num_parameters: int) -> None:
+    facts = _read_manifest(folder).weights
     if (facts.dtype, facts.num_parameters) != (dtype, num_parameters):
         raise BundleError(
             f"{folder / CONFIG}: weights says {facts.num_parameters} parameters of {facts.dtype}, "
@@ -282,7 +294,7 @@ def _check_weight_facts(folder: Path, *, facts: _Weights, dtype: StoredDtype, nu
 
 
 def _check_replaceable(target: Path) -> None:
-    """Nothing, an empty folder or a bundle and no more: what else lies in a folder would be lost with it."""
+    """Raises BundleError unless the target is missing, an empty folder, or a bundle without any other file."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -297,7 +309,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _holds_only_pictures(folder: Path) -> bool:
-    """Whether there is a folder plots/ as `save_bundle` writes it."""
+    """Returns whether a folder holds PNG files and nothing else."""
     if not folder.is_dir() or folder.is_symlink():
         return False
     return all(entry.is_file() and entry.suffix == PICTURE_SUFFIX for entry in folder.iterdir())

@@ -1,4 +1,4 @@
-"""The shape of a model as data, and with it the name and shape of every weight. Knows no torch."""
+"""The configuration of a model, and the name and shape of every weight that follows from it. Knows no torch."""
 
 import math
 from itertools import pairwise
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ModelShape(BaseModel):
-    """Everything about a model but the size of its vocabulary, which the tokenizer decides."""
+    """The configuration of a model without the size of its vocabulary, which the tokenizer decides."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,7 +23,7 @@ class ModelShape(BaseModel):
         default=0.0, ge=0, lt=1, description="on the attention probabilities, context and persistent"
     )
     embedding_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="on the input embeddings, and on what is matched with the output ones"
+        default=0.0, ge=0, lt=1, description="on the input embeddings and on the input of the output layer"
     )
     embedding: Literal["plain", "adaptive"] = Field(
         default="plain", description="adaptive = adaptive input and adaptive softmax with tied weights, for words"
@@ -50,12 +50,12 @@ class ModelShape(BaseModel):
         return self
 
     def with_vocabulary(self, vocab_size: int) -> "ModelConfig":
-        """The configuration for a tokenizer's vocabulary."""
+        """The full configuration: this shape with a vocabulary of `vocab_size` tokens."""
         return ModelConfig(vocab_size=vocab_size, **self.model_dump())
 
 
 class ModelConfig(ModelShape):
-    """An all-attention language model (arXiv 1907.01470), checked at birth and frozen.
+    """The configuration of an all-attention language model (arXiv 1907.01470): frozen, checked when it is made.
 
     Raises:
         pydantic.ValidationError: an unknown key, a wrong type or a value outside its range, named in the message.
@@ -111,5 +111,5 @@ class ModelConfig(ModelShape):
 
     @property
     def num_parameters(self) -> int:
-        """All learned numbers, tied ones once."""
+        """Number of learned parameters; a tied weight counts once."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())

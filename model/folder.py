@@ -1,4 +1,4 @@
-"""Folders that are written as a whole: no reader and no crash ever sees half of one."""
+"""Atomic replacement of a folder: no reader sees, and no crash leaves, half a folder under its name."""
 
 import os
 import secrets
@@ -12,8 +12,8 @@ from pathlib import Path
 def replacing(target: Path) -> Iterator[Path]:
     """A fresh folder to fill, which takes the place of `target` when the block ends without an exception.
 
-    `target` holds the old folder or the new one, never part of one. For an instant between two renames it holds none: a
-    machine that dies right there leaves both beside it, whole, under hidden names.
+    `target` is the old folder or the new folder, never a part of either. Between two renames it does not exist for an
+    instant: a machine that dies there leaves both folders beside it, whole, under hidden names.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = _hidden_sibling(target, "new")
@@ -27,7 +27,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def _swap(fresh: Path, *, target: Path) -> None:
-    """Put the folder `fresh` where `target` is, and only then delete what was there."""
+    """Put the folder `fresh` in the place of `target`, then delete the old folder."""
     if not target.exists():
         fresh.rename(target)
         _flush(target.parent)
@@ -47,10 +47,10 @@ def _hidden_sibling(target: Path, role: str) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{role}")
 
 
-def _flush(*places: Path) -> None:
-    """Wait until files, or folders' lists of names, are on the disk."""
-    for place in places:
-        descriptor = os.open(place, os.O_RDONLY)
+def _flush(*paths: Path) -> None:
+    """Wait until the contents of files, or the names in folders, are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -1,6 +1,6 @@
-"""What a loss means: one place that turns nats into perplexity and bits, for training, evaluation and the server.
+"""Perplexity and bits per unit from a log-probability: the one definition for training, evaluation and the server.
 
-A figure is a sum of nats over a sum of units; the units are counted over the scored tokens only. Knows no torch.
+Each figure is a sum of nats divided by a sum of units; only scored tokens count. Knows no torch.
 """
 
 import math
@@ -12,10 +12,10 @@ _CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a c
 
 
 class TokenBytes(Protocol):
-    """What counting units needs of a tokenizer."""
+    """The part of a tokenizer that counting bytes, characters and words needs."""
 
     def token_bytes(self, token: int, /) -> bytes:
-        """The bytes a token stands for."""
+        """The bytes that a token stands for."""
         ...
 
 
@@ -27,16 +27,16 @@ class Score:
     num_tokens: int
     num_bytes: int
     num_chars: int
-    num_words: int  # stretches without whitespace
+    num_words: int  # runs of characters without whitespace
 
     @classmethod
     def of(cls, tokenizer: TokenBytes, tokens: Iterable[int], logprobs: Sequence[float]) -> Self:
-        """Sum up scored tokens (those with a log-probability, and only those) and count what they stand for."""
+        """The score of `tokens`, which must be exactly the tokens that have a log-probability."""
         return cls.of_text(b"".join(map(tokenizer.token_bytes, tokens)), logprobs)
 
     @classmethod
     def of_text(cls, text: bytes, logprobs: Sequence[float]) -> Self:
-        """Sum up the log-probabilities of the scored tokens and count the bytes that the tokens stand for."""
+        """The score of the tokens whose bytes together are `text`, from the log-probability of each."""
         return cls(
             logprob=math.fsum(logprobs),
             num_tokens=len(logprobs),
@@ -47,7 +47,7 @@ class Score:
 
     @property
     def perplexity(self) -> float | None:
-        """exp of nats per token; None where nothing was scored, as for all figures below."""
+        """exp of nats per token; like all figures below, None if the text has none of the unit."""
         return _exp(self._per(self.num_tokens))
 
     @property
@@ -75,25 +75,25 @@ class Score:
 
 
 class Tally:
-    """The score of a text that comes in stretches, in memory that its length does not change.
+    """The running score of a text that comes in pieces, in constant memory.
 
-    Equals `Score.of` over the whole: a word that two stretches share counts once, and the sum of log-probabilities
-    carries what rounding took from it along.
+    Equals `Score.of` over the whole text: a word that spans two pieces counts once, and the rounding error of the sum
+    of log-probabilities is carried along.
     """
 
     def __init__(self, tokenizer: TokenBytes) -> None:
         self._tokenizer = tokenizer
         self._sum = Score(logprob=0.0, num_tokens=0, num_bytes=0, num_chars=0, num_words=0)
-        self._rest = 0.0  # what the exact sum is more than the rounded one
-        self._in_word = False  # the text so far ends within a word, which may go on
+        self._rest = 0.0  # the exact sum minus the rounded sum
+        self._in_word = False  # whether the text so far ends inside a word
 
     @property
     def score(self) -> Score:
-        """Of all that was added."""
+        """The score of all tokens added so far."""
         return self._sum
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Count the next tokens, with a log-probability each."""
+        """Add the next tokens, each with its log-probability."""
         text = b"".join(map(self._tokenizer.token_bytes, tokens))
         new, before = Score.of_text(text, logprobs), self._sum
         parts = [before.logprob, self._rest, *logprobs]
@@ -115,7 +115,7 @@ def _bits(nats: float | None) -> float | None:
 
 
 def _exp(nats: float | None) -> float | None:
-    """e^nats, or infinity where a double cannot hold it."""
+    """e^nats, or infinity if the result is too large for a double."""
     if nats is None:
         return None
     return math.exp(nats) if nats < 709 else math.inf

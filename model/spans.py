@@ -1,4 +1,4 @@
-"""Learned spans: the soft mask they make, how far a head therefore looks back, and heads of like reach in groups.
+"""Learned spans: the soft mask of a head, its reach (the largest distance it attends to), and groups of heads by reach.
 
 Sizes: H heads, S distances, L maximum span, R ramp.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from model.config import ModelShape
 
-# What one more group may save at least, in slots: more groups hold fewer bytes, fewer groups need fewer launches. On a
-# CPU 64, 200 and 600 decode equally fast (18 layers, batches of 1, 8 and 32), so the bytes decide.
+# Slots that one more group must save: more groups need fewer bytes, fewer groups need fewer kernel launches. On a
+# CPU, 64, 200 and 600 decode equally fast (18 layers, batches of 1, 8 and 32), so the bytes decide.
 GROUP_COST = 64
 
 
 class HeadGroup(NamedTuple):
-    """Heads, consecutive in the order of their reaches, that are computed together over as many slots."""
+    """Heads of similar reach, consecutive when sorted by reach, that are computed together over `num_slots` slots."""
 
     first: int
     num_heads: int
@@ -26,7 +26,7 @@ class HeadGroup(NamedTuple):
 
     @property
     def heads(self) -> slice:
-        """The group's place among the heads of its layer."""
+        """The heads of the group, as a slice of the sorted heads of the layer."""
         return slice(self.first, self.first + self.num_heads)
 
 
@@ -42,14 +42,14 @@ def reach_of_heads(spans: Sequence[float], *, config: ModelShape) -> list[int]:
 
 
 def group_heads(reaches: Sequence[int], *, max_span: int) -> tuple[list[HeadGroup], list[int]]:
-    """Sort heads by reach and cut them into groups of one size, for the least sum of slots and group costs.
+    """Sort heads by reach and cut them into groups of equal ring size, with the least sum of slots and group costs.
 
     Returns:
-        the groups, shortest first, and the order of the heads that makes each group consecutive.
+        the groups, shortest rings first, and the heads sorted by reach (in this order each group is consecutive).
     """
     order = sorted(range(len(reaches)), key=lambda head: reaches[head])
     sizes = [_ring_size(reaches[head], limit=max_span) for head in order]
-    best: list[tuple[float, int]] = [(0.0, 0)]  # for the first n heads: least cost, start of the last group
+    best: list[tuple[float, int]] = [(0.0, 0)]  # at n, for the first n heads: least cost, start of the last group
     for stop in range(1, len(sizes) + 1):
         costs = [(best[start][0] + (stop - start) * sizes[stop - 1] + GROUP_COST, start) for start in range(stop)]
         best.append(min(costs))
@@ -63,6 +63,6 @@ def group_heads(reaches: Sequence[int], *, max_span: int) -> tuple[list[HeadGrou
 
 
 def _ring_size(reach: int, *, limit: int) -> int:
-    """Round up to four steps an octave, so that layers share few sizes and thereby their tables."""
+    """The reach, rounded up to four sizes an octave: few different sizes, so that layers share their tables."""
     step = max(8, 1 << max(0, reach.bit_length() - 3))
     return min(limit, math.ceil(reach / step) * step)

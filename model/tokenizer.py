@@ -1,4 +1,4 @@
-"""Text to ids and back: byte, byte-level BPE and word tokenizers, their training, and decoding as a stream.
+"""Byte, byte-level BPE and word tokenizers: encoding, decoding (also token by token), and training.
 
 Owns tokenizer.json, which is a valid file of the `tokenizers` library for all three kinds (bytes are a BPE without
 merges whose ids are the byte values), so other programs read the same ids. Knows no torch and no model.
@@ -21,7 +21,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 BPE_EOS = "<|endoftext|>"
-LINE_END = "\n"  # the word vocabulary's entry for what the field calls <eos>
+LINE_END = "\n"  # the entry of a word vocabulary that other code calls <eos>
 UNKNOWN = "<unk>"
 
 _PIECE_CHARS = 1 << 16
@@ -31,11 +31,11 @@ _WORD = r"\n|[^\s\x1c-\x1f]+"  # the line end, and the words of str.split(), whi
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table), by byte."""
+    """GPT-2's byte-level alphabet: for each printable character the byte that it stands for, sorted by byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    own = [letter for letter in letters if ord(letter) < 256]  # these stand for their own code
-    missing = sorted(set(range(256)) - set(map(ord, own)))
-    table = {letter: ord(letter) for letter in own} | dict(zip(letters[len(own) :], missing, strict=True))
+    same = [letter for letter in letters if ord(letter) < 256]  # letters that stand for the byte of their own code
+    missing = sorted(set(range(256)) - set(map(ord, same)))
+    table = {letter: ord(letter) for letter in same} | dict(zip(letters[len(same) :], missing, strict=True))
     return dict(sorted(table.items(), key=lambda item: item[1]))
 
 
@@ -43,11 +43,11 @@ _BYTE_OF = _byte_alphabet()
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file, an id or a text that cannot be used; the message says which and what is allowed."""
+    """An unusable tokenizer file, id or text; the message names it and says what is allowed."""
 
 
 class Tokenizer(ABC):
-    """What all kinds share. `vocab_size` ids from 0; `eos_id` ends a text, or is None where the kind has no such id."""
+    """A tokenizer with the ids 0 to vocab_size - 1. `eos_id` is the id that ends a text, or None if there is none."""
 
     kind: ClassVar[Literal["bytes", "bpe", "word"]]
 
@@ -58,7 +58,7 @@ class Tokenizer(ABC):
         self.eos_id = eos_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`. No end id is added, and none can be typed.
+        """The ids of `text`. No end id is added, and no text encodes to BPE's end id.
 
         Raises:
             TokenizerError: `text` holds a lone surrogate, which has no UTF-8 form.
@@ -80,13 +80,13 @@ class Tokenizer(ABC):
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The exact bytes one id stands for, none for BPE's end id. Raises TokenizerError as `decode` does."""
+        """The exact bytes of an id; empty for BPE's end id. Raises TokenizerError as `decode` does."""
         if not 0 <= id < self.vocab_size:
             raise TokenizerError(f"token id {id} is out of range: this tokenizer has ids 0 to {self.vocab_size - 1}")
         return self._token_bytes[id]
 
     def token_text(self, id: int) -> str:
-        """One id for the eye: its bytes decoded alone, so part of a character shows as U+FFFD."""
+        """The text of a single id, for display: a part of a character shows as U+FFFD."""
         return self.decode([id])
 
     def save(self, path: str | Path) -> None:
@@ -95,7 +95,7 @@ class Tokenizer(ABC):
 
 
 class BytesTokenizer(Tokenizer):
-    """The 256 byte values as ids, of the text's UTF-8; no end id. Round-trips every text."""
+    """A tokenizer whose ids are the bytes of the text in UTF-8; it has no end id. Round-trips every text."""
 
     kind = "bytes"
 
@@ -104,12 +104,12 @@ class BytesTokenizer(Tokenizer):
         super().__init__(library, token_bytes=[bytes([value]) for value in range(256)], eos_id=None)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The UTF-8 of each text."""
+        """The UTF-8 bytes of each text."""
         return [list(_utf8(text)) for text in texts]
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level BPE with GPT-2's word splitting. Round-trips every text.
+    """A byte-level BPE tokenizer with GPT-2's word splitting. Round-trips every text.
 
     The end id, if there is one, is a vocabulary entry that no merge leads to, so no text ever encodes to it.
     """
@@ -126,11 +126,11 @@ class BpeTokenizer(Tokenizer):
 
 
 class WordTokenizer(Tokenizer):
-    r"""Words between whitespace, and the line end, as in WikiText-103 and the paper; `eos_id` is the line end.
+    r"""A tokenizer of words between whitespace, as in WikiText-103 and the paper; `eos_id` is the line end.
 
     A word decodes to itself and one space, a line end to "\n". So ids -> text -> ids gives the same ids, but text ->
-    ids -> text keeps neither unknown words (they read "<unk>") nor the spaces as they were: one follows each word.
-    The field appends <eos> to every line of a file; here each "\n" is one, so a last line without "\n" has none.
+    ids -> text turns unknown words into "<unk>" and puts exactly one space after each word. Other code appends <eos>
+    to every line of a file; here each "\n" is an <eos>, so a last line without "\n" has no <eos>.
     """
 
     kind = "word"
@@ -150,18 +150,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote at `path`.
 
     Raises:
-        TokenizerError: no such file, not a tokenizer file, or one whose rules are none of the three kinds.
+        TokenizerError: the file is missing, is not a tokenizer file, or has the rules of none of the three kinds.
     """
     try:
         library = Library.from_str(Path(path).read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception for every fault of a file
+    except Exception as error:  # the library raises Exception itself for every error in a file
         raise TokenizerError(f"{path} is not a readable tokenizer file ({error}); copy it again") from error
     rules = json.loads(library.to_str())
     try:
         tokenizer = _of_model(rules["model"])
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
-    # Both sides in this library version's own words, so a file from another version compares by meaning.
+    # Both sides are written by this version of the library, so a file from another version compares by its meaning.
     ours = json.loads(tokenizer._library.to_str())
     if foreign := [key for key in rules if rules[key] != ours[key]]:
         raise TokenizerError(
@@ -171,10 +171,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int, eos: bool = False) -> BpeTokenizer:
-    """Learn byte-level BPE of exactly `vocab_size` ids: 256 bytes, merges, and last the end id if `eos`. Deterministic.
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` ids: 256 bytes, merges, and the end id if `eos`.
+
+    Deterministic.
+
 
     Raises:
-        TokenizerError: `vocab_size` leaves no room for the bytes, or is more than the texts give merges for.
+        TokenizerError: `vocab_size` is too small for the 256 bytes, or larger than the texts have merges for.
     """
     num_learned = vocab_size - eos
     if num_learned < 256:
@@ -192,12 +195,13 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, eos: bool = False) -> Bp
 
 
 def train_words(texts: Iterable[str], *, vocab_size: int | None = None) -> WordTokenizer:
-    """The words of `texts` by descending count (ties by spelling); None keeps all, else the most frequent are kept.
+    """Train a word tokenizer: the `vocab_size` most frequent words of `texts`, most frequent first.
 
-    The line end is counted as a word, and "<unk>" with the words that were cut. No text may begin or end inside a word.
+    None keeps all words. Words of equal count are sorted by spelling. The line end counts as a word, and "<unk>" counts
+    all dropped words. No text may begin or end inside a word.
 
     Raises:
-        TokenizerError: `vocab_size` is below 2 or more than there are words.
+        TokenizerError: `vocab_size` is below 2 or above the number of words.
     """
     counts: Counter[str] = Counter({LINE_END: 0, UNKNOWN: 0})
     for text in texts:
@@ -218,9 +222,9 @@ def train_words(texts: Iterable[str], *, vocab_size: int | None = None) -> WordT
 
 
 def split_text(text: str, *, size: int = _PIECE_CHARS) -> Iterator[str]:
-    """Cut `text` into pieces of at least `size` characters (the last may be shorter) that encode as in the whole.
+    """Cut `text` into pieces of at least `size` characters (the last may be shorter) that encode as within `text`.
 
-    A cut comes before a space or a newline that follows a non-space. No token of any kind spans that place: in GPT-2's
+    A cut comes before a space or a newline that follows a non-space. No token of any kind spans a cut: in GPT-2's
     pattern only the first character of a run may be a space, and a run of spaces does not end after a non-space.
     """
     assert size >= 1
@@ -235,10 +239,10 @@ def split_text(text: str, *, size: int = _PIECE_CHARS) -> Iterator[str]:
 def encode_corpus(
     tokenizer: Tokenizer, text: str, *, progress: Callable[[int], object] | None = None
 ) -> NDArray[np.uint16] | NDArray[np.int32]:
-    """`tokenizer.encode(text)` for texts of any size, on all cores and in little memory. Returns [number of tokens].
+    """The ids of a text of any size, [number of tokens], encoded on all cores in little memory.
 
-    uint16 where every id fits, else int32. `progress` hears the number of characters done since its last call, which is
-    what the `update` method of a tqdm bar takes.
+    The dtype is uint16 if every id fits, else int32. `progress` is called with the number of characters encoded since
+    its last call, as the `update` method of a tqdm bar expects.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     parts = [np.empty(0, dtype)]
@@ -251,26 +255,26 @@ def encode_corpus(
 
 
 class StreamingDecoder:
-    """Ids of one sequence to text as they come; the pieces joined equal `tokenizer.decode` of all the ids."""
+    """A decoder of one sequence, id by id; the pieces joined equal `tokenizer.decode` of all the ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, id: int) -> str:
-        """The text that is certain with this id and was not before: "" while a character is incomplete.
+        """The text that this id completes; "" while a character is incomplete.
 
         Raises:
-            TokenizerError: the id is out of range; the decoder is as it was before.
+            TokenizerError: the id is out of range; the decoder is unchanged.
         """
         data = self._tokenizer.token_bytes(id)
-        if not self._decoder.buffer:  # no character is begun: most tokens are whole ones, and this is their fast way
+        if not self._decoder.buffer:  # no character is pending: the fast path, as most tokens are whole characters
             with contextlib.suppress(UnicodeDecodeError):
                 return data.decode()
         return self._decoder.decode(data)
 
     def finish(self) -> str:
-        """U+FFFD for a character that was never completed, else "". The decoder is then as new."""
+        """U+FFFD if a character was never completed, else ""; resets the decoder."""
         return self._decoder.decode(b"", final=True)
 
 

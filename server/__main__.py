@@ -15,10 +15,9 @@ from fastapi import FastAPI
 
 from model.bundle import Bundle, BundleError
 from server.app import create_app
-from server.config.settings import ConfigError, Settings, describe_settings, load_settings, wants_print_config
-from server.link.supervisor import EngineLink
+from server.config import ConfigError, Settings, describe_settings, load_settings, wants_print_config
+from server.link.supervisor import LOAD_MODEL, EngineLink
 from server.operation.tracing import Tracing, open_tracing
-from server.protocol.messages import LOAD_MODEL
 from server.requests.service import Link
 from server.runtime import log_to_stderr, settle_garbage
 from server.served_model import open_model
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return _complain(str(error), status=1)
     try:
         uvloop.run(run(settings, bundle=bundle, listener=listener, tracing=tracing))
-    except KeyboardInterrupt:  # before the server's own handlers were in place
+    except KeyboardInterrupt:  # before the server's own handlers are in place
         return 130
 
 
@@ -68,9 +67,9 @@ async def run(
     runner: str = LOAD_MODEL,
     tracing: Tracing | None = None,
 ) -> NoReturn:
-    """`serve` with an engine process, which belongs to the loop that it is made in; then exit with its status.
+    """Call `serve` with an engine process, then exit with its status.
 
-    It does not come back, for the end of a loop waits for threads, and those that are left work for nobody.
+    The function does not return: the end of a loop waits for its threads, and threads that are left work for nobody.
     """
     link = EngineLink(settings, runner=runner)
     status = await serve(settings, bundle=bundle, link=link, listener=listener, tracing=tracing)
@@ -80,7 +79,7 @@ async def run(
 
 
 def listen(host: str, *, port: int) -> socket.socket:
-    """A socket that accepts connections. Raises ListenError where the address is taken or is not ours."""
+    """Returns a socket that accepts connections. Raises ListenError if the address is taken or not ours."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
@@ -93,17 +92,18 @@ def listen(host: str, *, port: int) -> socket.socket:
 async def serve(
     settings: Settings, *, bundle: Bundle, link: Link, listener: socket.socket, tracing: Tracing | None = None
 ) -> int:
-    """Start the engine behind an HTTP side that already answers, wait for a reason to end, and end in order.
+    """Start the HTTP side, then the engine, wait for a reason to end, and end in order; returns the exit status.
 
-    On the first signal new work is refused while live work goes on, for `shutdown_timeout_s` at most; the answers that
-    are ready then still reach their clients. On the second one it ends at once, with status 1: work may be lost.
+    After the first signal the server refuses new work and lets live work go on for up to `shutdown_timeout_s`; answers
+    that are ready by then still reach their clients. After a second signal it ends at once, with status 1, and may lose
+    work.
     """
     server = _Server(create_app(settings=settings, bundle=bundle, link=link, tracing=tracing))
     http = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(link.start())
     await _until(lambda: starting.done() or server.num_signals > 0 or link.asked_to_end)
     if starting.done():
-        await starting  # raises where the engine could not even be tried
+        await starting  # raises if the link itself has failed
     if starting.done() and link.state != "failed":
         print(banner(settings, bundle=bundle, link=link, port=listener.getsockname()[1]), flush=True)
         settle_garbage()
@@ -118,7 +118,9 @@ async def serve(
         await _end_at_once(link, server=server, http=http)
         return _complain("ended at once by a second signal", status=1)
     await closing
-    return _complain(f"the engine has failed: {link.failure}", status=1) if failed else 0
+    if not failed:
+        return 0
+    return _complain(link.failure if link.blames_model else f"the engine has failed: {link.failure}", status=1)
 
 
 async def _close(
@@ -132,7 +134,7 @@ async def _close(
 
 
 async def _end_at_once(link: Link, *, server: "_Server", http: asyncio.Task[None]) -> None:
-    """Kill the engine; a client that reads now still gets its ending, but nobody waits for it."""
+    """Kill the engine, and give clients AT_ONCE_S to read their endings."""
     await asyncio.wait([asyncio.create_task(link.close(grace_s=0))], timeout=AT_ONCE_S)
     server.should_exit = server.force_exit = True
     await asyncio.wait([http], timeout=AT_ONCE_S)
@@ -144,7 +146,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal is only counted: `serve` decides when to stop listening."""
+    """uvicorn that only counts signals: `serve` decides when to stop listening."""
 
     def __init__(self, app: FastAPI) -> None:
         super().__init__(
@@ -167,20 +169,20 @@ class _Server(uvicorn.Server):
 
 
 def banner(settings: Settings, *, bundle: Bundle, link: Link, port: int) -> str:
-    """What a person wants to know once the model is there, with a command to paste."""
-    ready = link.ready
-    assert ready is not None
+    """Returns a few lines on the served model for a person, with a command to paste."""
+    assert link.ready is not None
+    facts = link.ready.facts
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     splits = bundle.training.get("splits", {})
     quality = ", ".join(f"{name} {split['bits_per_byte']:.3f} bits per byte" for name, split in splits.items())
-    rows = f"{ready.num_rows} rows of {ready.state_bytes_per_row / 2**20:.2f} MiB"
+    rows = f"{facts.num_rows} rows of {facts.state_bytes_per_row / 2**20:.2f} MiB"
     body = json.dumps({"inputs": "It was a dark", "parameters": {"temperature": 0.8}, "stream": True})
     return "\n".join(
         [
             f"allattn serves {bundle.path.resolve().name}, {bundle.config.num_parameters / 1e6:.1f} M parameters",
             *([f"  quality  {quality}"] if quality else []),
-            f"  engine   {ready.backend}, {ready.weights} on {ready.device}, {rows}",
+            f"  engine   {facts.backend}, {facts.weights} on {facts.device}, {rows}",
             f"  url      {url} (documentation at {url}/docs)",
             f"  try      curl -N {url}/generate -d '{body}'",
         ]

@@ -1,7 +1,7 @@
 """`serve run server.ray_serve:app`: the same application on one or many machines, an engine for each replica.
 
-Ray Serve spreads the requests over the replicas, has more of them while requests queue, and replaces those that are
-gone. Needs the extra `ray`. What concerns one replica goes to any of them: /health, /metrics, DELETE /requests/{id}.
+Ray Serve spreads requests over the replicas, adds replicas while requests queue, and replaces dead ones. Needs the
+extra `ray`. A request that concerns one replica reaches any of them: /health, /metrics, DELETE /requests/{id}.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Scale(BaseModel):
-    """How many replicas there are, and what each has of a machine."""
+    """The number of replicas, and each one's part of a machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +43,7 @@ class Scale(BaseModel):
 
 
 def app(arguments: dict[str, str]) -> Application:
-    """What `serve run server.ray_serve:app NAME=VALUE ...` deploys: names of `Scale`, and of the server's settings.
+    """Returns the application of `serve run server.ray_serve:app NAME=VALUE ...`; NAME is of `Scale` or `Settings`.
 
     Settings can also come from the environment and a file, as for `python -m server`.
 
@@ -61,7 +61,7 @@ def app(arguments: dict[str, str]) -> Application:
 
 
 def deployment(settings: Settings, *, scale: Scale) -> Application:
-    """The same from settings that are checked."""
+    """Returns the application for settings that are already checked."""
     deployed = serve.deployment(
         serve.ingress()(Replica),
         name="allattn",
@@ -80,7 +80,7 @@ def deployment(settings: Settings, *, scale: Scale) -> Application:
 
 
 class Replica:
-    """An engine process and the application before it. Ray Serve asks nothing of it until the engine is ready."""
+    """An engine process and the application before it. Ray Serve sends it nothing until the engine is ready."""
 
     _link: EngineLink | None = None  # until it can be made
     _tracing: Tracing | None = None
@@ -98,17 +98,17 @@ class Replica:
         settle_garbage()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Ray Serve's late binding: the application belongs to the loop of the replica."""
+        """Ray Serve calls this in the loop of the replica, to which the application belongs."""
         return self._app
 
     def check_health(self) -> None:
-        """Raises where this replica shall be replaced. An engine that is only being restarted is no reason."""
+        """Raises RuntimeError if Ray Serve should replace this replica, not if the engine is being restarted."""
         link = self._link
         if link is not None and (link.state == "failed" or link.asked_to_end):
             raise RuntimeError(link.failure or "the engine was asked to end")
 
     async def __del__(self) -> None:
-        """Ray Serve's last call, once the live requests have ended."""
+        """Ray Serve calls this last, after the live requests have ended."""
         if self._link is not None:
             await self._link.close(grace_s=0.5)
         if self._tracing is not None:
@@ -116,13 +116,13 @@ class Replica:
 
 
 class ClientLeaves:
-    """Tells the application in ASGI's words that a client has left; in those of Ray a task was cancelled."""
+    """Turns Ray's cancelled task into ASGI's message that a client has disconnected."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
+        """Call the application."""
 
         async def receive_or_leave() -> Message:
             try:
@@ -147,6 +147,6 @@ def _scale(given: dict[str, str]) -> Scale:
 
 
 def _of_replica(settings: Settings, *, scale: Scale) -> Settings:
-    """Settings that mean the same wherever the replica runs, and threads that leave the others their cores."""
+    """Returns settings with an absolute path, and no more threads than the replica has cores."""
     threads = settings.num_threads or max(1, int(scale.num_cpus))
     return settings.model_copy(update={"bundle": settings.bundle.absolute(), "num_threads": threads})

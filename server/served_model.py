@@ -1,29 +1,35 @@
-"""What the server is told to serve: a bundle or an artefact, and whether the settings fit it. Knows no torch."""
+"""The model that the server is told to serve, as the API process sees it, and whether the settings fit it.
 
-from model.artefact import is_artefact, open_artefact
-from model.bundle import Bundle, open_bundle
+Knows no torch and reads no weights: the engine process checks those when it loads them.
+"""
+
+from model.artefact import inspect_artefact, is_artefact
+from model.backends import AUTO, BACKENDS, backends_for, names
+from model.bundle import Bundle, inspect_bundle
 from server.config import ConfigError, Settings
 
 
 def open_model(settings: Settings) -> tuple[Bundle, Settings]:
-    """The description of the model, and the settings with the backend that they mean.
+    """Returns the model's description, and the settings with a backend in place of `auto`.
 
     Raises:
         BundleError: the bundle or artefact is not whole.
-        ConfigError: backend, dtype or provider are for a model of another kind.
+        ConfigError: backend, dtype or provider do not fit the model.
     """
-    kind, dtype = "torch", None
+    kind, dtype = None, None
     if is_artefact(settings.bundle):
-        artefact = open_artefact(settings.bundle)
+        artefact = inspect_artefact(settings.bundle)
         bundle, kind, dtype = artefact.bundle, artefact.manifest.kind, artefact.manifest.dtype
     else:
-        bundle = open_bundle(settings.bundle)
-    what = f"{settings.bundle} is {'a bundle' if kind == 'torch' else f'an artefact for {kind}'}"
-    if settings.backend not in ("auto", kind):
-        how = "; python -m export.run makes artefacts of bundles" if kind == "torch" else ""
-        raise ConfigError(f"backend = {settings.backend!r}, but {what}; allowed: auto, {kind}{how}")
+        bundle = inspect_bundle(settings.bundle)
+    what = f"{settings.bundle} is {'a bundle' if kind is None else f'an artefact for {kind}'}"
+    allowed = names(backends_for(kind))
+    if settings.backend not in (AUTO, *allowed):
+        how = "; python -m export.run makes artefacts of bundles" if kind is None else ""
+        raise ConfigError(f"backend = {settings.backend!r}, but {what}; allowed: {', '.join((AUTO, *allowed))}{how}")
+    backend = allowed[0] if settings.backend == AUTO else settings.backend
     if dtype is not None and "dtype" in settings.model_fields_set and settings.dtype != dtype:
         raise ConfigError(f"dtype = {settings.dtype!r}, but {what} with its state in {dtype}; leave dtype out")
-    if settings.provider != "auto" and kind != "onnx":
+    if settings.provider != AUTO and not BACKENDS[backend].has_providers:
         raise ConfigError(f"provider = {settings.provider!r} is for ONNX artefacts, but {what}; allowed: auto")
-    return bundle, settings.model_copy(update={"backend": kind})
+    return bundle, settings.model_copy(update={"backend": backend})

@@ -1,11 +1,11 @@
 """The equations of the all-attention model (arXiv 1907.01470; DESIGN.md section 1) as slow, plain loops in float64.
 
-Owns what "right" means for every other path. Knows nothing of model/: it takes named weights and tokens.
-Two forms, written separately so that each checks the other:
+Every other path must agree with these results. Knows nothing of model/: it takes named weights and tokens.
+The equations have two forms, written separately so that each checks the other:
 
 - `logits`, `attention`: numpy, one probability at a time, whole streams that start fresh at token 0;
 - `attend`: torch, one layer's attention from projected queries, keys and values, in the paper's literal order
-  (softmax, mask, renormalise), so that autograd says what the gradients are.
+  (softmax, mask, renormalise), so that autograd gives the gradients.
 
 Shapes: T tokens, H heads, D head size, E = H * D width, N persistent vectors, L maximum span, V vocabulary, M queries.
 """
@@ -66,9 +66,9 @@ def adaptive_input(named: Mapping[str, Array], token: int) -> Array:
 
 
 def adaptive_logprobs(named: Mapping[str, Array], row: Array) -> Array:
-    """Log-probabilities [V] after a hidden state [E]: of a word in a later cluster, the cluster's times its own there.
+    """Log-probabilities [V] after a hidden state [E]; a later cluster multiplies its probability with that of the word.
 
-    The head chooses among the words of the first cluster and the later clusters, of which the last comes first.
+    The head is a softmax over the words of the first cluster and the later clusters, of which the last comes first.
     """
     tables = _numbered(named, "embedding.tables.{}.weight")
     biases = _numbered(named, "output.biases.{}")
@@ -110,7 +110,7 @@ def attention(
     for t in range(num_tokens):
         heads = np.zeros(width)
         for h in range(num_heads):
-            rows = slice(h * size, (h + 1) * size)  # nn.Linear: these rows of a weight make this head
+            rows = slice(h * size, (h + 1) * size)  # nn.Linear: these rows of a weight belong to this head
             query = layer["query.weight"][rows] @ hidden[t]
             scores, masks, values = [], [], []
             for d in range(1, max_span + 1):
@@ -132,12 +132,12 @@ def attention(
 
 
 def span_mask(distance: int, *, span: float, max_span: int, span_ramp: int) -> float:
-    """m(d): the share that a head of learned span z leaves to a distance d >= 1."""
+    """m(d): the soft mask of a head with learned span z at distance d >= 1."""
     return min(max((1 - distance + span * max_span) / span_ramp + 1, 0.0), 1.0)
 
 
 def masked_mean(scores: Sequence[float], masks: Sequence[float], values: Sequence[Array]) -> Array:
-    """Softmax of all `scores`, times `masks`, renormalised jointly, as weights of a mean of `values`."""
+    """Mean of `values`, weighted by the softmax of `scores` times `masks`, renormalised jointly."""
     top = max(score for score, mask in zip(scores, masks, strict=True) if mask > 0)
     weights = [mask * np.exp(score - top) if mask > 0 else 0.0 for score, mask in zip(scores, masks, strict=True)]
     total = sum(weights)
@@ -170,7 +170,7 @@ def attend(
 
     Args:
         query: [H, M, D], the queries of M consecutive positions.
-        key, value: [H, L + M, D], what the L positions before the first query and the queries' own positions hold.
+        key, value: [H, L + M, D], at the L positions before the first query and then at the positions of the queries.
         position: [D, L], column d - 1 for distance d.
         persistent_key, persistent_value: [H, N, D], the raw parameters.
         span: [H], z of each head.

@@ -1,7 +1,8 @@
-"""One table over small bundles: every path gives the oracle's logits, or the same text, or the same figures.
+"""All paths agree on small bundles: each returns the oracle's logits, the same text, or the same scores.
 
 oracle = training forward = any block split = in chunks = token by token = ragged batch = runner and engine = /score
-= training.evaluate; all but training itself on every backend: the baked model in torch, TorchScript and ONNX.
+= training.evaluate. All paths except the training forward run on every backend: the baked model in torch, TorchScript
+and ONNX.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from model.network.network import AllAttentionLM
 from model.sampling.params import SamplingParams
 from model.scoring import Score
 from server.app import create_app
-from server.config import Settings
+from server.config import EngineOptions, Settings
 from server.engine.engine import Engine
 from server.engine.runner import ModelRunner
 from server.link.supervisor import EngineLink
@@ -179,11 +180,15 @@ def test_ragged_batch_of_both_kinds_of_step(model, text, wanted):
 
 
 def greedy_text(wanted_of, prompt, length):
-    """The greedy continuation by a function from tokens to logits."""
+    """The greedy continuation of `prompt` by a function from tokens to logits."""
     tokens = list(prompt)
     for _ in range(length):
         tokens.append(int(wanted_of(tokens)[-1].argmax()))
     return tokens[len(prompt) :]
+
+
+def engine_of(model: ServedLM, options: EngineOptions) -> Engine:
+    return Engine(ModelRunner(model, options), options)
 
 
 def test_engine_generates_the_training_forward_s_greedy_tokens(network, model, text):
@@ -191,7 +196,7 @@ def test_engine_generates_the_training_forward_s_greedy_tokens(network, model, t
         with torch.no_grad():
             return network.logits(network(torch.tensor([tokens]), network.init_cache(1))[0])[0]
 
-    engine = Engine(ModelRunner(model, num_rows=3), chunk_tokens=16, budget_tokens=32)
+    engine = engine_of(model, EngineOptions(num_rows=3, chunk_tokens=16, budget_tokens=32))
     prompts = {str(n): text[:n].tolist() for n in (1, 7, 40, 100, 200)}
     greedy = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
     for name, prompt in prompts.items():
@@ -207,7 +212,7 @@ def test_engine_and_document_scores(model, text, wanted):
     expected = wanted.log_softmax(-1)[:-1].gather(-1, torch.from_numpy(text[1:, None]))[:, 0].numpy()
     document = np.concatenate([logprobs for logprobs, _ in score_document(model, text, chunk_tokens=50)])
     assert np.abs(document - expected).max() <= TOLERANCE
-    engine = Engine(ModelRunner(model, num_rows=2), chunk_tokens=33, budget_tokens=40)
+    engine = engine_of(model, EngineOptions(num_rows=2, chunk_tokens=33, budget_tokens=40))
     engine.submit(ScoreRequest("a", text.astype("<i4").tobytes()))
     scores = []
     while engine.has_work:

@@ -1,4 +1,4 @@
-"""The oracle against cases worked by hand, and its two forms against each other."""
+"""The oracle against cases computed by hand, and its two forms against each other."""
 
 import numpy as np
 import pytest

@@ -1,1 +1,1 @@
-"""Corpus to bundle: everything that happens before a model is served."""
+"""Training: from a corpus to a bundle. Also evaluation of bundles, and import of the authors' checkpoints."""

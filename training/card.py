@@ -1,4 +1,4 @@
-"""What a bundle says about itself: the facts of its training as data and, for people, as its README."""
+"""The facts of a training run that a bundle stores: as data in config.json and as a README for people."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ PLACES: dict[str, Any] = {
     "notes": True,
     "num_threads": True,
     "data": {"path", "cache_dir"},
-}  # of one machine
+}  # settings that concern one machine only; a bundle does not store them
 
-CAPTIONS = {  # of the pictures that training.plots draws: what is seen
+CAPTIONS = {  # of the pictures that training.plots draws
     "loss": "Bits per byte over the tokens seen, in training and on the part of the valid split that was watched.",
     "spans": "How many tokens each head looks back, layer by layer.",
     "memory_share": "The share of attention on persistent vectors in each layer; the rest is on the context.",
@@ -25,7 +25,7 @@ CAPTIONS = {  # of the pictures that training.plots draws: what is seen
 
 
 def training_facts(run: Run, evaluations: dict[str, Evaluation], baked: BakedLM, *, data: str) -> dict[str, Any]:
-    """The facts of a finished run on a corpus `data` as plain values: what config.json keeps, `bundle_card` tells."""
+    """The facts of a finished run on the corpus `data` as plain values, for config.json and `bundle_card`."""
     return {
         "data": data,
         "steps": run.step_count,
@@ -45,8 +45,8 @@ def bundle_card(
     """The README of a bundle, in Markdown.
 
     Args:
-        notes: a file of one's own words that is put in.
-        pictures: names of the PNG files in the bundle's plots/.
+        notes: a Markdown file whose text the README includes.
+        pictures: names of the PNG files in the folder plots/ of the bundle.
     """
     shown = {picture: _picture(picture) for picture in pictures}
     config, splits = baked.config, facts["splits"]
@@ -72,7 +72,7 @@ tokens:""",
 
 
 def introduction(config: ModelConfig, *, name: str) -> str:
-    """What any bundle is, in Markdown: its heading and a paragraph."""
+    """The heading and the first paragraph of the README of any bundle, in Markdown."""
     return f"""# {name}
 
 An all-attention language model (arXiv 1907.01470): no feed-forward layers; its heads attend to the context
@@ -82,7 +82,7 @@ and to learned persistent vectors. {config.num_parameters / 1e6:.2f} M parameter
 
 
 def _picture(name: str) -> str:
-    """A picture and the line that says what it shows."""
+    """A picture and its caption, in Markdown."""
     words = name.replace("_", " ")
     return f"![{words}]({PLOTS}/{name}{PICTURE_SUFFIX})\n\n{CAPTIONS.get(name, words)}"
 

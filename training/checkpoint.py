@@ -1,6 +1,6 @@
-"""Resume state on disk: atomic files, the last few and the best kept, a broken newest one passed over.
+"""Checkpoints on disk: written atomically; the last few and the best are kept; a damaged checkpoint is skipped.
 
-Knows files and nothing of what is in them but that it is tensors and plain values: nothing is ever unpickled to code.
+A checkpoint holds tensors and plain values, and loading it never runs code. Knows nothing else about its content.
 """
 
 import os
@@ -16,16 +16,16 @@ BEST = "best.pt"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, and what to do about it."""
+    """An unusable checkpoint; the message says what to do."""
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write `state` (which has a "step") as the newest checkpoint and delete all but the last `keep`.
+    """Write `state` (which has a "step") as the newest checkpoint and delete all but the last `keep` checkpoints.
 
-    Files of later steps go too: `load_latest` passed over them, so they are broken, and would count as the newest.
+    Checkpoints of later steps are deleted too: `load_latest` skipped them because they are damaged.
 
     Raises:
-        CheckpointError: the disk is full or refuses; the checkpoints before are untouched.
+        CheckpointError: the file cannot be written; earlier checkpoints are unchanged.
     """
     path = _write(folder / f"step-{state['step']:09d}.pt", state)
     files = _newest_first(folder)
@@ -36,42 +36,42 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Pa
 
 
 def save_best(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` as the best of the run, in place of the one before; `save_checkpoint` never deletes it.
+    """Write `state` as the best checkpoint of the run, replacing the previous best; `save_checkpoint` never deletes it.
 
     Raises:
-        CheckpointError: the disk is full or refuses; the best before is untouched.
+        CheckpointError: the file cannot be written; the previous best is unchanged.
     """
     _write(folder / BEST, state)
 
 
 def load_best(folder: Path) -> dict[str, Any] | None:
-    """What `save_best` wrote last, or None where there is nothing, or (with a warning) nothing readable."""
+    """The best checkpoint, or None if there is none or, with a warning, if it cannot be read."""
     path = folder / BEST
     try:
         return _read(path) if path.exists() else None
-    except Exception as error:  # as above
+    except Exception as error:  # torch raises half a dozen types for a damaged file
         warnings.warn(f"{path} cannot be read ({error}); the best is forgotten", stacklevel=2)
         return None
 
 
 def forget_best(folder: Path) -> None:
-    """Delete what `save_best` wrote: it is of another run, or was measured otherwise."""
+    """Delete the best checkpoint, because it belongs to another run or was measured on other tokens."""
     (folder / BEST).unlink(missing_ok=True)
 
 
 def delete_checkpoints(folder: Path) -> None:
-    """Delete the folder. It goes under another name first: no later run goes on from half of it."""
+    """Delete the folder. It is renamed first, so that no later run resumes from half a folder."""
     finished = folder.with_name(folder.name + ".finished")
-    shutil.rmtree(finished, ignore_errors=True)  # of a process killed just here
+    shutil.rmtree(finished, ignore_errors=True)  # left by a process that was killed here
     folder.rename(finished)
     shutil.rmtree(finished, ignore_errors=True)
 
 
 def load_latest(folder: Path, *, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The newest readable checkpoint, or None where there is none.
+    """The newest readable checkpoint, or None if there is none.
 
     Args:
-        config: what the checkpoint's own "config" must equal; plain values, nested by section.
+        config: the checkpoint's "config" must equal it; plain values, nested by section.
 
     Raises:
         CheckpointError: the newest readable checkpoint belongs to another configuration.
@@ -79,7 +79,7 @@ def load_latest(folder: Path, *, config: dict[str, Any]) -> dict[str, Any] | Non
     for path in _newest_first(folder):
         try:
             state = _read(path)
-        except Exception as error:  # torch raises half a dozen types for a file that is not whole
+        except Exception as error:  # torch raises half a dozen types for a damaged file
             warnings.warn(f"{path} cannot be read ({error}); trying the checkpoint before it", stacklevel=2)
             continue
         ours, theirs = _flat(config), _flat(state["config"])
@@ -98,8 +98,8 @@ def load_latest(folder: Path, *, config: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def _write(path: Path, state: dict[str, Any]) -> Path:
-    """Write a file that is there whole or not at all, whatever dies meanwhile: this process or the machine."""
-    temporary = path.with_name("next.writing")  # one name: what a killed process left is overwritten
+    """Write a file atomically: if the process or the machine dies, the file is whole or missing."""
+    temporary = path.with_name("next.writing")  # a fixed name: it overwrites the rest of a killed process
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -111,15 +111,13 @@ def _write(path: Path, state: dict[str, Any]) -> Path:
             _flush_names(folder)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        reason = (
-            error if isinstance(error, OSError) else error.__context__ or error
-        )  # torch covers the disk's own error
+        reason = error if isinstance(error, OSError) else error.__context__ or error  # torch hides the OSError
         raise CheckpointError(f"{path} cannot be written ({reason}); the checkpoints before it are whole") from error
     return path
 
 
 def _flush_names(folder: Path) -> None:
-    """Wait until a folder's list of names is on the disk."""
+    """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,7 +127,7 @@ def _flush_names(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()  # torch.load does not compare check sums
+        broken = archive.testzip()  # torch.load does not verify checksums
     if broken:
         raise zipfile.BadZipFile(f"{broken} is damaged")
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)

@@ -1,7 +1,7 @@
-"""`python -m training.compare RUN...`: the curves of several runs in one picture, and what each came to in a table.
+"""`python -m training.compare RUN...`: the loss curves of several runs in one picture, and their results in a table.
 
-A RUN is the folder where a run keeps its record (NAME.run), the bundle beside it (NAME), or a metrics.jsonl. Bits per
-byte are comparable across tokenizers; a run that is still going may be looked at too.
+A RUN is the folder of the record of a run (NAME.run), the bundle beside it (NAME), or a metrics.jsonl. Bits per byte
+are comparable across tokenizers. The run need not be finished.
 """
 
 import argparse
@@ -17,12 +17,16 @@ from matplotlib.ticker import FuncFormatter
 from training.plots import COLOURS, canvas, fit_loss, mark_of, png, short_number, subtitle, train_curve, valid_curve
 from training.record import METRICS, Line, RecordError, read_metrics
 
-UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))  # of time: the first of which the longest run has two
+UNITS = (
+    ("hours", 3600),
+    ("minutes", 60),
+    ("seconds", 1),
+)  # of time: the axis uses the first unit of which the longest run has two
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What one run has told."""
+    """The name and the metrics of one run."""
 
     name: str
     metrics: list[Line]
@@ -30,19 +34,19 @@ class Curves:
 
 def main(argv: Sequence[str]) -> int:
     """Read the runs, print the table and write the picture; returns the exit status."""
-    asked = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        places = [find_metrics(place) for place in asked.runs]
-        runs = [Curves(name, read_run(place)) for name, place in zip(names_of(asked.runs, places), places, strict=True)]
+        places = [find_metrics(place) for place in args.runs]
+        runs = [Curves(name, read_run(place)) for name, place in zip(names_of(args.runs, places), places, strict=True)]
         print(table(runs))
-        asked.out.write_bytes(draw(runs, x=asked.x))
+        args.out.write_bytes(draw(runs, x=args.x))
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {asked.out} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: {args.out} cannot be written: {error.strerror}", file=sys.stderr)
         return 1
-    print(f"wrote {asked.out}")
+    print(f"wrote {args.out}")
     return 0
 
 
@@ -50,7 +54,7 @@ def find_metrics(place: Path) -> Path:
     """The metrics.jsonl of a run.
 
     Raises:
-        RecordError: there is none at any place where it could be.
+        RecordError: `place` is not a run.
     """
     if place.is_file():
         return place
@@ -62,10 +66,10 @@ def find_metrics(place: Path) -> Path:
 
 
 def read_run(path: Path) -> list[Line]:
-    """The lines of a run that has something to show.
+    """The lines of the metrics.jsonl of a run.
 
     Raises:
-        RecordError: see `read_metrics`; also a record without a step.
+        RecordError: see `read_metrics`; also if the record has no training step.
     """
     metrics = read_metrics(path)
     if not any(line["kind"] == "train" for line in metrics):
@@ -73,14 +77,14 @@ def read_run(path: Path) -> list[Line]:
     return metrics
 
 
-def names_of(asked: Sequence[Path], found: Sequence[Path]) -> list[str]:
-    """A name for each run: that of its folder, or the path as it was given where two folders have the same."""
+def names_of(args: Sequence[Path], found: Sequence[Path]) -> list[str]:
+    """A name for each run: the name of its folder, or the path as given if two folders have the same name."""
     short = [path.resolve().parent.name.removesuffix(".run") for path in found]
-    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, asked, strict=True)]
+    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, args, strict=True)]
 
 
 def table(runs: Sequence[Curves]) -> str:
-    """What each run came to; bits per byte on the valid split, the best with its step."""
+    """The table of the runs: length, and best and last bits per byte on the valid split."""
     rows = [["run", "steps", "tokens", "seconds", "best valid", "at step", "last valid"], *map(_row, runs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -92,7 +96,7 @@ def table(runs: Sequence[Curves]) -> str:
 
 
 def draw(runs: Sequence[Curves], *, x: str) -> bytes:
-    """The picture, as PNG: a run a colour, thick on the valid split and thin in training."""
+    """The picture as PNG: one colour a run; a thick curve for the valid split, a thin curve for training."""
     figure, axes = canvas("Bits per byte", height=4.4)
     key, label, scale = _axis(x, longest=max(run.metrics[-1]["seconds"] for run in runs))
     curves: list[tuple[np.ndarray, np.ndarray]] = []
@@ -112,7 +116,7 @@ def draw(runs: Sequence[Curves], *, x: str) -> bytes:
 
 
 def _axis(x: str, *, longest: float) -> tuple[str, str, int]:
-    """The key of a line of metrics.jsonl that is drawn along the axis, the axis's label and what its unit is worth."""
+    """For the horizontal axis: its key in metrics.jsonl, its label, and the size of its unit."""
     if x == "seconds":
         unit, seconds = next((unit for unit in UNITS if longest >= 2 * unit[1]), UNITS[-1])
         return x, f"{unit} in steps", seconds
@@ -120,7 +124,7 @@ def _axis(x: str, *, longest: float) -> tuple[str, str, int]:
 
 
 def name_curves(axes: Axes, names: Sequence[str]) -> None:
-    """Name the thick curves of the axes, every second one."""
+    """Add a legend for the thick curves, which are every second curve of the axes."""
     short = [name if len(name) <= 40 else f"...{name[-37:]}" for name in names]
     legend = axes.legend(axes.lines[1::2], short, loc="upper right", edgecolor="none", fontsize=9.5)
     for text in legend.get_texts():

@@ -1,4 +1,4 @@
-"""A training run as data: a TOML file, with flags on top, checked at birth and frozen."""
+"""The configuration of a training run: read from a TOML file and flags, checked when it is made, and frozen."""
 
 import sys
 import tomllib
@@ -22,17 +22,17 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 
 
 class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type or out of range: its name, its value and what is allowed."""
+    """A setting that is unknown or has a wrong value; the message has its name, its value and what is allowed."""
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen; unknown keys and infinite numbers refused."""
+    """A section of the configuration: frozen; rejects unknown keys and infinite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
-    """What is read, and in what portions."""
+    """The corpus, and the size of batches."""
 
     name: str = Field(
         default="", description="shakespeare, classics8, enwik8, text8, wikitext103, or empty with a path"
@@ -49,7 +49,7 @@ class DataConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """How text becomes tokens."""
+    """The tokenizer."""
 
     kind: Literal["bytes", "bpe", "word"] = Field(default="bytes", description="what a token is")
     vocab_size: int | None = Field(default=None, ge=2, description="bpe: needed; word: the most frequent, empty = all")
@@ -64,7 +64,7 @@ class TokenizerConfig(Section):
 
 
 class OptimConfig(Section):
-    """How the model learns."""
+    """The optimizer and its schedule."""
 
     name: Literal["adamw", "adagrad", "muon"] = Field(
         default="adamw", description="adagrad is the paper's for characters; muon = Muon on matrices, AdamW on the rest"
@@ -100,14 +100,14 @@ class OptimConfig(Section):
 
 
 class EvalConfig(Section):
-    """How progress is watched."""
+    """The validation during training."""
 
-    every_steps: int = Field(default=500, ge=1, description="steps between two looks at the validation split")
-    tokens: int = Field(default=100_000, ge=1, description="of the validation split, at each look")
+    every_steps: int = Field(default=500, ge=1, description="steps between two validations")
+    tokens: int = Field(default=100_000, ge=1, description="tokens of the validation split for each validation")
 
 
 class CheckpointConfig(Section):
-    """How often the state is saved, beside the bundle."""
+    """The checkpoints of a run, which are saved beside the bundle."""
 
     every_seconds: float = Field(default=300.0, gt=0, description="wall time between two checkpoints")
     keep: int = Field(default=2, ge=1, description="how many checkpoints stay")
@@ -131,17 +131,17 @@ class RunConfig(BaseSettings):
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads; empty = as many as cores")
     compile: bool = Field(default=False, description="torch.compile the layers")
     checkpoint_activations: bool = Field(
-        default=False, description="compute the inside of each layer again in the backward pass, to save memory"
+        default=False, description="recompute the activations of each layer in the backward pass, to save memory"
     )
     cache: Literal["inputs", "keys"] = Field(
         default="inputs",
-        description="what earlier blocks leave behind: each layer's inputs, of which keys and values are made anew, or "
-        "the keys and values they had: faster, in twice the memory, without a gradient from later blocks",
+        description="inputs = keep each layer's inputs of earlier blocks and compute keys and values from them again; "
+        "keys = keep the keys and values: faster, in twice the memory, without a gradient from later blocks",
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="under torchrun: whole copies, or weights and optimizer cut in parts (FSDP2)"
     )
-    notes: Path | None = Field(default=None, description="Markdown that the bundle's card shall contain")
+    notes: Path | None = Field(default=None, description="Markdown file that the bundle's README includes")
     model: ModelShape
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -158,15 +158,15 @@ class RunConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The TOML file alone (flags are added above it): a run must not depend on the environment."""
+        """Only the TOML file and the flags, because a run must not depend on environment variables."""
         return (init_settings,)
 
 
 def load_config(argv: Sequence[str]) -> RunConfig:
-    """Read `[CONFIG.toml] [--section.key value ...]`; without a file, the quickstart.
+    """The configuration that `[CONFIG.toml] [--section.key value ...]` describes; the default file is the quickstart.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or value in it or among the flags is wrong.
+        ConfigError: the file cannot be read, or a key or value in the file or in the flags is wrong.
     """
     flags = list(argv)
     program = sys.argv[0] if sys.argv[0].startswith("allattn ") else "python -m training.run"
@@ -189,7 +189,7 @@ def load_config(argv: Sequence[str]) -> RunConfig:
 
 
 def _explain(problem: ErrorDetails) -> str:
-    """One problem pydantic found, as `section.key = value: what is allowed`."""
+    """The message for an error that pydantic found: `section.key = value: what is allowed`."""
     key = ".".join(map(str, problem["loc"])) or "configuration"
     match problem["type"]:
         case "extra_forbidden":

@@ -1,6 +1,6 @@
-"""Corpora: where text comes from, how it is split, and its tokens, encoded once and kept.
+"""Corpora: the splits of each corpus, and their tokens, which are encoded once and cached.
 
-A split is bytes until a tokenizer reads it. Knows nothing of batches.
+A split is bytes until a tokenizer encodes it. Knows no batches.
 """
 
 import hashlib
@@ -35,23 +35,23 @@ CLASSICS8_SHA256 = (
     "432be13988668513cfedf725ebee0e5c8aafe81c3a25468a2039b1bcb81a8fcd",
 )
 HUNDRED_MEGABYTES = 100_000_000
-_AT_ONCE = 1 << 20  # tokens looked up together
-TOKENIZER_SAMPLE = 20_000_000  # bytes of the training split from which a BPE is learned; more changes few merges
+_AT_ONCE = 1 << 20  # tokens whose bytes are counted at once
+TOKENIZER_SAMPLE = 20_000_000  # bytes of the training split to train BPE on; more bytes change few merges
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text in three splits."""
+    """A corpus: the bytes of its splits."""
 
     name: str
     train: bytes
     valid: bytes
-    test: bytes | None  # None where the corpus has none by convention
+    test: bytes | None  # None if the corpus has no test split
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A corpus as tokens."""
+    """A corpus encoded by a tokenizer."""
 
     name: str
     tokenizer: Tokenizer
@@ -60,7 +60,7 @@ class Dataset:
     test: np.ndarray | None
 
     def nats_per_bit(self, tokens: np.ndarray) -> float:
-        """How many nats a token of a stretch [n] make one bit per byte of the text that it stands for."""
+        """The loss in nats per token that equals one bit per byte, for the text of `tokens` [n]."""
         sizes = np.array([len(self.tokenizer.token_bytes(id)) for id in range(self.tokenizer.vocab_size)])
         starts = range(0, len(tokens), _AT_ONCE)
         num_bytes = sum(int(sizes[tokens[start : start + _AT_ONCE]].sum()) for start in starts)
@@ -71,7 +71,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     """Read a corpus by name, or from a path: a folder of train/valid/test.txt, or one file that is split 90/5/5.
 
     Raises:
-        CorpusError: unknown name, missing file, a download that fails, or a content that is not the named corpus.
+        CorpusError: the name is unknown, a file is missing, a download fails, or the content is not the named corpus.
     """
     if config.name:
         if config.name not in _BY_NAME:
@@ -85,11 +85,11 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Dataset:
-    """Load a corpus, learn its tokenizer where it has one to learn, and encode it; both are cached on disk.
+    """Load a corpus, train its tokenizer if the kind needs training, and encode it; both are cached on disk.
 
     Raises:
-        CorpusError: see `load_corpus`; also a split that cannot be encoded or is too short to be evaluated, a
-            vocabulary that cannot be learned from the text, and a cache that cannot be written.
+        CorpusError: see `load_corpus`; also if a split cannot be encoded or is too short for evaluation, if the
+            tokenizer cannot be trained on the text, or if the cache cannot be written.
     """
     corpus = load_corpus(data)
     learned = _tokenizer(corpus, tokenizer, data.cache_dir)
@@ -110,14 +110,14 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Dataset:
 
 
 def _shakespeare(config: DataConfig) -> Corpus:
-    """The text of nanoGPT's shakespeare_char, split as there: first 90 % train, the rest valid, no test."""
+    """The text of nanoGPT's shakespeare_char with its splits: the first 90 % are train, the rest is valid, no test."""
     text = read_file(config.path or SHAKESPEARE)
     cut = int(len(text) * 0.9)
     return Corpus("shakespeare", text[:cut], text[cut:], None)
 
 
 def _classics8(config: DataConfig) -> Corpus:
-    """100 MB of public-domain books: 90/5/5 million bytes, whole other books in valid and test."""
+    """100 MB of public-domain books: 90/5/5 million bytes; no book is in two splits."""
     if config.path is None:
         raise CorpusError("data.name = 'classics8' is nowhere on the web: give data.path, a local copy")
     text = read_file(config.path)
@@ -139,13 +139,13 @@ def _one_text(config: DataConfig) -> Corpus:
 
 
 def _own_splits(config: DataConfig) -> Corpus:
-    """WikiText-103: its own three files."""
+    """WikiText-103: the three files as published."""
     train, valid, test = read_published(config)
     return Corpus(config.name, train, valid, test)
 
 
 def _cut(name: str, text: bytes) -> Corpus:
-    """The first 90 %, the next 5 and the last 5, to the byte."""
+    """Split a text at 90 % and 95 % of its bytes."""
     cuts = len(text) * 90 // 100, len(text) * 95 // 100
     return Corpus(name, text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :])
 
@@ -167,11 +167,11 @@ def _from_path(path: Path) -> Corpus:
     return Corpus(path.stem, text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :])
 
 
-def _character_start(text: bytes, place: int) -> int:
-    """The first place at or after `place` that does not cut a UTF-8 character."""
-    while place < len(text) and text[place] & 0xC0 == 0x80:
-        place += 1
-    return place
+def _character_start(text: bytes, index: int) -> int:
+    """The first index at or after `index` that does not cut a UTF-8 character."""
+    while index < len(text) and text[index] & 0xC0 == 0x80:
+        index += 1
+    return index
 
 
 def _tokenizer(corpus: Corpus, config: TokenizerConfig, cache: Path) -> Tokenizer:
@@ -191,7 +191,7 @@ def _tokenizer(corpus: Corpus, config: TokenizerConfig, cache: Path) -> Tokenize
 def _learn(text: str, config: TokenizerConfig) -> Tokenizer:
     if config.kind == "word":
         return train_words([text], vocab_size=config.vocab_size)
-    assert config.vocab_size is not None, "TokenizerConfig refuses a bpe without it"
+    assert config.vocab_size is not None, "TokenizerConfig requires it for bpe"
     return train_bpe([text], vocab_size=config.vocab_size)
 
 
@@ -214,8 +214,8 @@ def _encode(text: bytes, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
         with tqdm(total=len(decoded), desc="encode", unit="char", unit_scale=True) as bar:
             tokens = encode_corpus(tokenizer, decoded, progress=bar.update)
 
-        def save(place: Path) -> None:
-            with place.open("wb") as file:
+        def save(temporary: Path) -> None:
+            with temporary.open("wb") as file:
                 np.save(file, tokens)
 
         _write_atomically(path, save)

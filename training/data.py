@@ -1,7 +1,7 @@
-"""Tokens to batches: every stream walks its own stretch of the split, block after block.
+"""Batches for training: every stream reads its own segment of the split, block after block.
 
-Sizes: n tokens of the split, B streams (of them b read by this process), M tokens of a block. Knows no text, no model
-and no devices.
+Sizes: n tokens of the split, B streams (b streams of this process), M tokens of a block. Knows no text, no model and no
+devices.
 """
 
 import json
@@ -17,7 +17,7 @@ from training.config import ConfigError
 
 @dataclass(frozen=True)
 class Batch:
-    """The next block of every stream that is read here."""
+    """One block of every stream of this process."""
 
     inputs: Tensor  # [b, M] int64
     targets: Tensor  # [b, M] int64, the inputs one token later
@@ -25,7 +25,7 @@ class Batch:
 
 
 class Streams:
-    """Consecutive blocks of B equal stretches; after each epoch all streams move on by a random part of a block."""
+    """Streams that read B equal segments of a split, block by block; each later epoch starts at a random offset."""
 
     def __init__(
         self,
@@ -37,62 +37,62 @@ class Streams:
         reset_prob: float,
         own: slice = slice(None),
     ) -> None:
-        """Begin at the start of every stretch.
+        """Start at the beginning of every segment.
 
         Args:
             tokens: [n] integers.
-            reset_prob: the chance that a stream's past is forgotten before a block, though its text goes on.
-            own: which of the streams are read here; neither what they read and forget nor the state depends on it.
+            reset_prob: the probability that a stream forgets its past before a block; its text continues.
+            own: the streams of this process; neither the text and resets of a stream nor the state depend on it.
 
         Raises:
-            ConfigError: too few tokens; a stretch holds a block at any phase, so two blocks.
+            ConfigError: too few tokens. A segment must hold a block at any offset, so it needs two blocks.
         """
-        self._stretch = len(tokens) // num_streams  # tokens of one stream
-        if self._stretch < 2 * block:
+        self._segment_size = len(tokens) // num_streams  # tokens of a segment
+        if self._segment_size < 2 * block:
             raise ConfigError(
                 f"{len(tokens)} tokens are too few for data.batch = {num_streams} streams of data.block = {block}: "
                 f"at least {num_streams * 2 * block} are needed"
             )
-        self._lines = tokens[: self._stretch * num_streams].reshape(num_streams, self._stretch)
+        self._lines = tokens[: self._segment_size * num_streams].reshape(num_streams, -1)  # [B, tokens of a segment]
         self._own = own
         self._block = block
         self._reset_prob = reset_prob
         self._random = np.random.default_rng(seed)
-        self._place = 0  # of the next block in every stretch
-        self._fresh = True  # the next block begins an epoch
+        self._position = 0  # position of the next block in every segment
+        self._fresh = True  # whether the next block starts an epoch
         self._epoch = 0
 
     @property
     def blocks_per_epoch(self) -> int:
-        """Whole blocks in a stretch that starts at its beginning."""
-        return (self._stretch - 1) // self._block
+        """Number of whole blocks in a segment that is read from its beginning."""
+        return (self._segment_size - 1) // self._block
 
     @property
     def epochs(self) -> float:
         """How many times the split has been read."""
-        return self._epoch + self._place / self._stretch
+        return self._epoch + self._position / self._segment_size
 
     def next(self) -> Batch:
-        """The next block of every stream that is read here."""
-        if self._place + self._block >= self._stretch:
+        """The next block of every stream of this process."""
+        if self._position + self._block >= self._segment_size:
             self._epoch += 1
-            self._place = int(self._random.integers(self._block))
+            self._position = int(self._random.integers(self._block))
             self._fresh = True
-        window = self._lines[self._own, self._place : self._place + self._block + 1].astype(np.int64)
+        window = self._lines[self._own, self._position : self._position + self._block + 1].astype(np.int64)
         reset = self._random.random(len(self._lines)) < self._reset_prob
         if self._fresh:
             reset[:] = True
-        self._place += self._block
+        self._position += self._block
         self._fresh = False
-        both = torch.from_numpy(window)
-        return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous(), torch.from_numpy(reset[self._own]))
+        tokens = torch.from_numpy(window)  # [b, M + 1]
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(reset[self._own]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where all the streams are, as plain values."""
-        random = json.dumps(self._random.bit_generator.state)  # its integers have 128 bits
-        return {"place": self._place, "fresh": self._fresh, "epoch": self._epoch, "random": random}
+        """The state of all streams, as plain values."""
+        random = json.dumps(self._random.bit_generator.state)  # as JSON, because its integers have 128 bits
+        return {"place": self._position, "fresh": self._fresh, "epoch": self._epoch, "random": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken."""
-        self._place, self._fresh, self._epoch = state["place"], state["fresh"], state["epoch"]
+        """Restore the state that `state_dict` returned."""
+        self._position, self._fresh, self._epoch = state["place"], state["fresh"], state["epoch"]
         self._random.bit_generator.state = json.loads(state["random"])

@@ -1,10 +1,10 @@
-"""A file from the web: whole and with the right check sum under its name, or not there at all.
+"""Download of a file: it appears under its name only when it is complete and its checksum is right.
 
-Knows no corpora. A download that is cut off stays beside it as NAME.part, and the next one goes on from its end.
+Knows no corpora. An interrupted download is kept as NAME.part, and the next download resumes it.
 """
 
-# The standard library's client: pooch has the check sums but begins anew (its file is opened "w+b"), and the libraries
-# that resume neither finish atomically nor lock. urllib obeys http_proxy, https_proxy and no_proxy.
+# The standard library's client, because pooch verifies checksums but cannot resume (it opens its file "w+b"), and the
+# libraries that resume neither finish atomically nor lock. urllib obeys http_proxy, https_proxy and no_proxy.
 
 import contextlib
 import fcntl
@@ -26,32 +26,32 @@ from urllib.request import Request, build_opener, getproxies, proxy_bypass
 
 from tqdm import tqdm
 
-PAUSES = (1.0, 4.0, 15.0)  # seconds before each further request, counted anew whenever bytes have come
-TIMEOUT = 30.0  # seconds in which a server must give its next bytes
+PAUSES = (1.0, 4.0, 15.0)  # seconds before each retry; the count restarts whenever new bytes arrive
+TIMEOUT = 30.0  # seconds that a server may take to send its next bytes
 CHUNK = 1 << 18  # bytes
-WORTH_ANOTHER_TRY = {408, 429, 500, 502, 503, 504}  # statuses that pass by themselves
+RETRY_STATUSES = {408, 429, 500, 502, 503, 504}  # HTTP statuses of errors that may be temporary
 
 
 class DownloadError(ValueError):
-    """A file that cannot be had, and why."""
+    """A download that failed; the message says why."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on the web, known to the byte."""
+    """A file on the web whose size and checksum are known."""
 
-    urls: tuple[str, ...]  # all of the same bytes, tried in this order
+    urls: tuple[str, ...]  # of the same file, tried in this order
     size: int  # bytes
     sha256: str
 
     @property
     def name(self) -> str:
-        """The last part of the first address."""
+        """The file name: the last part of the first URL."""
         return self.urls[0].rpartition("/")[2]
 
 
 class _RequestError(Exception):
-    """A request that did not give what it should, and whether the same one may do better."""
+    """A request that failed. `passing` says whether a retry may succeed."""
 
     def __init__(self, reason: str, *, passing: bool = False) -> None:
         super().__init__(reason)
@@ -59,27 +59,27 @@ class _RequestError(Exception):
 
 
 def download(remote: Remote, *, folder: Path, pauses: Sequence[float] = PAUSES) -> Path:
-    """The path of the file in `folder`, where it is downloaded unless it is there.
+    """The path of the file in `folder`; downloads the file if it is not there.
 
-    Several processes may ask at once: one downloads, the others wait for it.
+    Several processes may call this at the same time: one process downloads, the other processes wait for it.
 
     Args:
         remote: the file.
-        folder: made where it is missing.
-        pauses: seconds to wait before each further request after one that brought nothing new.
+        folder: created if it is missing.
+        pauses: seconds to wait before each retry after a request that brought no new bytes.
 
     Raises:
-        DownloadError: no address gives the file, or the folder cannot take it. What is kept of a cut-off download is
-            named; of a file with a wrong size or sum, and on a full disk, nothing is kept.
+        DownloadError: no URL gives the file, or the file cannot be written. The message says how much of an interrupted
+            download is kept; nothing is kept of a file with a wrong size or checksum, or if the disk is full.
     """
     path, part = folder / remote.name, folder / f"{remote.name}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while not (path.exists() and path.stat().st_size == remote.size):
             with _locked(part) as file:
-                if file is not None:  # else another process finished or gave up while this one waited
+                if file is not None:  # else another process finished or gave up while this process waited
                     _download_locked(file, remote, part=part, path=path, pauses=pauses)
-    except OSError as error:  # those of the network are _RequestError by now
+    except OSError as error:  # network errors are _RequestError
         raise DownloadError(
             f"{path} cannot be written: {error.strerror}; {remote.size} bytes are needed in {folder}"
         ) from error
@@ -101,7 +101,7 @@ def _download_locked(file: BufferedRandom, remote: Remote, *, part: Path, path: 
 
 @contextlib.contextmanager
 def _locked(part: Path) -> Iterator[BufferedRandom | None]:
-    """The file of a download, held by one process at a time; None where it has been taken away during the wait."""
+    """The open and locked NAME.part; None if another process renamed or deleted it while this process waited."""
     with part.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +116,7 @@ def _locked(part: Path) -> Iterator[BufferedRandom | None]:
 
 
 def _publish(file: BufferedRandom, part: Path, path: Path) -> None:
-    """Give a complete file its name; a power failure leaves it under one name or the other, and whole."""
+    """Rename a complete file to its final name; after a power failure it is whole, under one of the two names."""
     os.fsync(file.fileno())
     part.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -127,7 +127,7 @@ def _publish(file: BufferedRandom, part: Path, path: Path) -> None:
 
 
 def _complete(file: BufferedRandom, remote: Remote, *, folder: Path, pauses: Sequence[float]) -> None:
-    """Fill `file` from the first address that gives the right bytes."""
+    """Fill `file` from the first URL that gives the right bytes."""
     missing = remote.size - min(_end(file), remote.size)
     free = shutil.disk_usage(folder).free
     if free < missing:
@@ -144,7 +144,7 @@ def _complete(file: BufferedRandom, remote: Remote, *, folder: Path, pauses: Seq
 
 
 def _fill_and_verify(file: BufferedRandom, url: str, remote: Remote, *, pauses: Sequence[float]) -> None:
-    """All bytes from one address. What was there before may be of other bytes; the sum tells, so no ETag is kept."""
+    """Fill `file` from one URL; start anew if its earlier bytes were wrong (the checksum shows it without an ETag)."""
     was_begun = _end(file) > 0
     _fill(file, url, remote, pauses=pauses)
     if _sha256(file) != remote.sha256 and was_begun:
@@ -157,13 +157,13 @@ def _fill_and_verify(file: BufferedRandom, url: str, remote: Remote, *, pauses: 
 
 
 def _fill(file: BufferedRandom, url: str, remote: Remote, *, pauses: Sequence[float]) -> None:
-    """Request after request until `file` has all bytes, patient for as long as each brings new ones."""
-    most, failures = _end(file), 0
+    """Send requests until `file` has all bytes; requests that bring new bytes do not count as failures."""
+    largest, failures = _end(file), 0
     while _end(file) != remote.size:
         try:
             _request(file, url, remote)
         except _RequestError as error:
-            most, failures = (_end(file), 0) if _end(file) > most else (most, failures + 1)
+            largest, failures = (_end(file), 0) if _end(file) > largest else (largest, failures + 1)
             if not error.passing or failures > len(pauses):
                 raise
             pause = pauses[max(failures - 1, 0)] if pauses else 0.0
@@ -172,15 +172,15 @@ def _fill(file: BufferedRandom, url: str, remote: Remote, *, pauses: Sequence[fl
 
 
 def _request(file: BufferedRandom, url: str, remote: Remote) -> None:
-    """One request for what is missing at the end of `file`."""
+    """Send one request for the bytes that are missing at the end of `file`."""
     offset = _end(file)
     try:
         response = _open(url, offset=offset)
     except HTTPError as error:
         error.close()
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # the file there ends before this one
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # the file at the URL is shorter than `file`
             file.truncate(0)
-        passing = error.code in WORTH_ANOTHER_TRY or offset > _end(file)
+        passing = error.code in RETRY_STATUSES or offset > _end(file)
         raise _RequestError(f"{url} answers {error.code} {error.reason}{_via(url)}", passing=passing) from error
     except (OSError, http.client.HTTPException) as error:
         raise _no_connection(url, error) from error
@@ -204,8 +204,8 @@ def _open(url: str, *, offset: int) -> http.client.HTTPResponse:
 
 
 def _seek_to_start(response: http.client.HTTPResponse, file: BufferedRandom, *, url: str, size: int) -> None:
-    """Cut `file` off where a response begins: at its end, or at 0 from a server that does not know of ranges."""
-    start, total = 0, response.length  # None where the server does not say
+    """Truncate `file` where the response begins: at the end of `file`, or at 0 if the server has no range requests."""
+    start, total = 0, response.length  # None if the server does not say
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
         place = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         start = int(place[1]) if place else -1
@@ -229,7 +229,7 @@ def _read(response: http.client.HTTPResponse, url: str) -> bytes:
 
 
 def _no_connection(url: str, error: Exception) -> _RequestError:
-    """Why there was no answer. A refusal is final; a name or a route that is missing may be back in a moment."""
+    """The error for a request without an answer. A refusal is final; a missing name or route may be temporary."""
     reason = error.reason if isinstance(error, URLError) else error
     refused = isinstance(
         reason, ConnectionRefusedError | ssl.SSLCertVerificationError
@@ -238,7 +238,7 @@ def _no_connection(url: str, error: Exception) -> _RequestError:
 
 
 def _via(url: str) -> str:
-    """Name the proxy that a request goes through, as most failures behind one are the proxy's own."""
+    """The proxy of a request, for messages, because most failures behind a proxy come from the proxy."""
     parts = urlsplit(url)
     proxy = getproxies().get(parts.scheme)
     if proxy is None or proxy_bypass(parts.netloc):
@@ -248,7 +248,7 @@ def _via(url: str) -> str:
 
 
 def _bar(remote: Remote, *, start: int) -> "tqdm[None]":
-    pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between redrawings; a log file wants few
+    pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between redraws; a log file needs few
     return tqdm(
         total=remote.size,
         initial=start,

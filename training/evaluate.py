@@ -1,7 +1,7 @@
-"""How good a model is: the exact loss of a split in one pass, and the loss of streams that begin cold.
+"""Evaluation of a model: the exact loss of a split in one pass, and the loss at the start of fresh streams.
 
-Both go through the baked model, the one that is served, and end in `model.scoring.Score`: /score gives the same.
-`python -m training.evaluate BUNDLE --data NAME` tells the figures of a whole split, read by the bundle's own tokenizer.
+Both use the baked model, which is the model that is served, and `model.scoring.Score`, so /score returns the same.
+`python -m training.evaluate BUNDLE --data NAME` prints the loss of a whole split, encoded by the bundle's tokenizer.
 """
 
 import argparse
@@ -28,39 +28,39 @@ from training.progress import redraw_seconds
 
 COLD_LENGTHS = (64, 256)  # tokens of a fresh stream
 COLD_STREAMS = 64
-COLD_BATCH = 8  # of them at a time: where spans are long, the rings of all are gigabytes
+COLD_BATCH = 8  # streams at a time: with long spans, the rings of all streams are gigabytes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one split."""
+    """The scores of one split."""
 
-    score: Score  # every token after the first, each seeing all the past its spans reach
-    cold: dict[int, Score]  # of the first n tokens of fresh streams
+    score: Score  # of every token after the first, given all tokens before it
+    cold: dict[int, Score]  # for each n in COLD_LENGTHS, of the first n tokens of fresh streams
 
 
 class EvaluationError(ValueError):
-    """A split or a device that there is not; the message says what is there."""
+    """A split or a device that does not exist; the message says what exists."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Score a split of a corpus with a bundle and print the figures; returns the exit status."""
-    asked = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        device = _device(asked.device)
-        bundle = open_bundle(asked.bundle)
-        tokens = read_split(asked, bundle.tokenizer)
-        model = load_baked(bundle, dtype=DTYPES[asked.dtype], device=device)
+        device = _device(args.device)
+        bundle = open_bundle(args.bundle)
+        tokens = read_split(args, bundle.tokenizer)
+        model = load_baked(bundle, dtype=DTYPES[args.dtype], device=device)
         begun = time.monotonic()
-        score = score_tokens(model, bundle.tokenizer, tokens, label=asked.split)
+        score = score_tokens(model, bundle.tokenizer, tokens, label=args.split)
         seconds = time.monotonic() - begun
     except (BundleError, CorpusError, EvaluationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    head = {"bundle": str(asked.bundle), "data": asked.data or str(asked.path), "split": asked.split}
-    facts = {**head, **figures(score), "dtype": asked.dtype, "seconds": round(seconds, 1)}
-    print(json.dumps(facts) if asked.json else _as_text(facts))
+    head = {"bundle": str(args.bundle), "data": args.data or str(args.path), "split": args.split}
+    facts = {**head, **figures(score), "dtype": args.dtype, "seconds": round(seconds, 1)}
+    print(json.dumps(facts) if args.json else _as_text(facts))
     return 0
 
 
@@ -69,14 +69,14 @@ def evaluate(model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label:
 
     Args:
         tokens: [n] integers, n >= 2.
-        label: what the progress bar is called.
+        label: the label of the progress bar.
     """
     score = score_tokens(model, tokenizer, tokens, label=label)
     return Evaluation(score, cold_start(model, tokenizer, tokens))
 
 
 def score_tokens(model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label: str = "score") -> Score:
-    """The exact score of tokens[1:] given everything before each of them, in one pass at flat memory."""
+    """The exact score of tokens[1:], each given all tokens before it, in one pass with constant memory."""
     tally, pause = Tally(tokenizer), redraw_seconds()
     with tqdm(
         total=len(tokens) - 1, desc=label, unit="tok", unit_scale=True, mininterval=pause, maxinterval=pause
@@ -91,10 +91,10 @@ def score_tokens(model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, la
 def cold_start(
     model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, lengths: Sequence[int] = COLD_LENGTHS
 ) -> dict[int, Score]:
-    """Scores of the first tokens of fresh streams that begin at evenly spaced places of a split.
+    """Scores of the first tokens of fresh streams that begin at evenly spaced positions of a split.
 
     Returns:
-        for each of `lengths` that the split is long enough for, the score of that many tokens of every stream.
+        for each length in `lengths` that is shorter than the split, the score of that many tokens of all streams.
     """
     lengths = [length for length in lengths if length < len(tokens)]
     if not lengths:
@@ -112,7 +112,7 @@ def cold_start(
 
 
 def _score_fresh(model: BakedLM, windows: np.ndarray) -> np.ndarray:
-    """Log-probabilities of all tokens but the first of fresh streams, [B, T + 1] -> [B, T]."""
+    """Log-probabilities of all tokens of fresh streams except the first, [B, T + 1] -> [B, T]."""
     batch, rows = torch.from_numpy(windows).to(model.device), range(len(windows))
     hidden, _ = model.extend(batch[:, :-1], model.allocate(len(windows)), rows)
     logprobs: np.ndarray = (
@@ -121,27 +121,27 @@ def _score_fresh(model: BakedLM, windows: np.ndarray) -> np.ndarray:
     return logprobs
 
 
-def read_split(asked: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens of the split that the command line asks for, [n] integers.
+def read_split(args: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of the split that the command line names, [n] integers.
 
     Raises:
         CorpusError: see `load_corpus`.
-        EvaluationError: the corpus has no such split, it is no text for this tokenizer, or it has nothing to score.
+        EvaluationError: the corpus lacks the split, the tokenizer cannot encode it, or it has fewer than 2 tokens.
     """
-    corpus = load_corpus(DataConfig(name=asked.data, path=asked.path, cache_dir=asked.cache_dir, batch=1, block=1))
-    text: bytes | None = getattr(corpus, asked.split)
+    corpus = load_corpus(DataConfig(name=args.data, path=args.path, cache_dir=args.cache_dir, batch=1, block=1))
+    text: bytes | None = getattr(corpus, args.split)
     if text is None:
-        raise EvaluationError(f"{corpus.name} has no {asked.split} split; it has train and valid")
+        raise EvaluationError(f"{corpus.name} has no {args.split} split; it has train and valid")
     tokens = _encode(text, tokenizer)
     if len(tokens) < 2:
         raise EvaluationError(
-            f"the {asked.split} split of {corpus.name} has {len(tokens)} tokens; at least 2 are needed"
+            f"the {args.split} split of {corpus.name} has {len(tokens)} tokens; at least 2 are needed"
         )
     return tokens
 
 
 def figures(score: Score) -> dict[str, Any]:
-    """A score in every unit, as plain values."""
+    """A score in every unit, as plain values for JSON."""
     return {
         "bits_per_char": score.bits_per_char,
         "bits_per_byte": score.bits_per_byte,

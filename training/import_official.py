@@ -1,8 +1,8 @@
-"""`python -m training.import_official checkpoint.pt OUT --vocab TRAIN.TXT`: what the paper's code saves, as a bundle.
+"""`python -m training.import_official checkpoint.pt OUT --vocab TRAIN.TXT`: import a checkpoint of the paper's code.
 
-The code is github.com/facebookresearch/adaptive-span. Its files say neither what their ids stand for nor how long the
-soft edge of a span is: `--vocab` and `--span-ramp` do. The bundle computes what that code computes, zero vectors before
-the stream began included (`empty_slots = "zero"`).
+The code is github.com/facebookresearch/adaptive-span. Its checkpoints contain neither the meaning of the ids nor the
+length of a span's ramp, so `--vocab` and `--span-ramp` give them. The bundle computes the same as that code, including
+the zero vectors before a stream began (`empty_slots = "zero"`).
 """
 
 import argparse
@@ -33,43 +33,43 @@ BYTES = "bytes"
 
 
 def main(argv: list[str]) -> int:
-    """Read a checkpoint and its vocabulary and write the bundle; returns the exit status."""
-    options = _parser().parse_args(argv)
+    """Read a checkpoint and its vocabulary, and write the bundle; returns the exit status."""
+    args = _parser().parse_args(argv)
     try:
-        import_checkpoint(options)
+        import_checkpoint(args)
     except (OfficialCheckpointError, VocabularyError, BundleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {options.out} cannot be written: {error}", file=sys.stderr)
+        print(f"error: {args.out} cannot be written: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {options.out}; to serve it:\n  make serve BUNDLE={options.out}")
+    print(f"wrote {args.out}; to serve it:\n  make serve BUNDLE={args.out}")
     return 0
 
 
-def import_checkpoint(options: argparse.Namespace) -> None:
-    """Write the bundle that the command line asks for.
+def import_checkpoint(args: argparse.Namespace) -> None:
+    """Write the bundle that the command line describes.
 
     Raises:
-        OfficialCheckpointError, VocabularyError, BundleError: the checkpoint, its text or `out` cannot be used.
+        OfficialCheckpointError, VocabularyError, BundleError: the checkpoint, the text or `out` cannot be used.
     """
     config, tensors = convert(
-        read_checkpoint(options.checkpoint),
-        span_ramp=options.span_ramp,
-        dropout=options.dropout,
-        embedding_dropout=options.embedding_dropout,
+        read_checkpoint(args.checkpoint),
+        span_ramp=args.span_ramp,
+        dropout=args.dropout,
+        embedding_dropout=args.embedding_dropout,
     )
-    vocabulary = vocabulary_of(config, source=options.vocab, symbols=options.symbols)
+    vocabulary = vocabulary_of(config, source=args.vocab, symbols=args.symbols)
     if config.embedding == "plain":
         tensors = place_symbols(tensors, vocabulary)
         config = ModelConfig(**(config.model_dump() | {"vocab_size": vocabulary.tokenizer.vocab_size}))
-    facts = import_facts(options.checkpoint, config, tensors, vocabulary, source=options.vocab)
+    facts = import_facts(args.checkpoint, config, tensors, vocabulary, source=args.vocab)
     save_bundle(
-        options.out,
+        args.out,
         config=config,
         tokenizer=vocabulary.tokenizer,
         tensors={name: tensor.numpy() for name, tensor in tensors.items()},
-        card=import_card(facts, config, name=options.out.resolve().name),
+        card=import_card(facts, config, name=args.out.resolve().name),
         training=facts,
     )
 
@@ -79,10 +79,10 @@ def vocabulary_of(config: ModelConfig, *, source: str, symbols: Symbols | None =
 
     Args:
         source: "bytes", or the path of the train.txt that the model was trained on.
-        symbols: what the tokens of that text are; None finds out.
+        symbols: the kind of tokens in that text; None infers it from the text.
 
     Raises:
-        VocabularyError: the text is not the checkpoint's.
+        VocabularyError: the text does not belong to the checkpoint.
     """
     adaptive = config.embedding == "adaptive"
     if source == BYTES and symbols not in (None, BYTES):
@@ -104,7 +104,7 @@ def vocabulary_of(config: ModelConfig, *, source: str, symbols: Symbols | None =
 def import_facts(
     checkpoint: Path, config: ModelConfig, tensors: dict[str, Tensor], vocabulary: Vocabulary, *, source: str
 ) -> dict[str, Any]:
-    """Where the bundle comes from, as plain values: what config.json keeps and `import_card` tells."""
+    """The origin of the bundle as plain values, for config.json and `import_card`."""
     num_unused = vocabulary.tokenizer.vocab_size - len(set(vocabulary.ids) - {None})
     return {
         "imported_from": checkpoint.name,

@@ -1,7 +1,9 @@
-"""One training run: what changes while a model learns, the step that changes it, and the loop around the step.
+"""One training run: its state, the step that updates the state, and the loop over steps.
 
-The order of a step: fresh streams, forward, loss, backward, check, clip, update, clamp. Every device does the same step
-with its own streams. Knows no files.
+The order of a step: reset streams, forward, loss, backward, clip, check, update, clamp spans. Every device takes the
+same step with its own streams. Knows no files.
+
+Sizes: b streams of a device, M tokens of a block, n tokens of a split.
 """
 
 import math
@@ -23,14 +25,14 @@ from training.optim import Optimizer
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is not a number any more. Raised before the update: the weights are those of the step before."""
+    """The loss or the gradient is not finite. Raised before the update: the weights are those of the previous step."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one step did."""
+    """The metrics of one step."""
 
-    step: int  # steps finished
+    step: int  # number of finished steps
     tokens: int  # tokens seen since the start of the run
     loss: float  # nats per token of this step's blocks
     gradient_norm: float
@@ -39,59 +41,59 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """Blocks to learn from. No tuple: DDP and FSDP would move all tensors in one to the device."""
+class MicroBatch:
+    """The part of a batch that one forward pass reads. Not a tuple, because DDP and FSDP would move its tensors."""
 
     inputs: Tensor  # [b, M] int64
     targets: Tensor  # [b, M] int64
     cache: StreamCache
 
 
-class Learner(nn.Module):
-    """Network and loss in one call, which is what DDP and FSDP need in order to see gradients come and go."""
+class LossModule(nn.Module):
+    """A module that computes the loss of a network: DDP and FSDP need the forward pass and the loss in one module."""
 
     def __init__(self, network: AllAttentionLM) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, lesson: Lesson) -> tuple[Tensor, Tensor, StreamCache]:
-        """The nats of the targets, summed, the span penalty, and the cache for the next block."""
-        hidden, cache = self.network(lesson.inputs, lesson.cache)
-        return self.network.loss(hidden, lesson.targets), self.network.span_penalty(), cache
+    def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, StreamCache]:
+        """The summed cross-entropy of the targets in nats, the span penalty, and the cache for the next block."""
+        hidden, cache = self.network(micro_batch.inputs, micro_batch.cache)
+        return self.network.loss(hidden, micro_batch.targets), self.network.span_penalty(), cache
 
 
 class Run:
-    """A model in training, with optimizer, place in the data, caches and clock; `state` is all a checkpoint needs."""
+    """A model in training with its optimizer, streams, caches and clock; a checkpoint stores `state`."""
 
     def __init__(
         self, config: RunConfig, network: AllAttentionLM, tokens: np.ndarray, *, devices: Devices | None = None
     ) -> None:
-        """tokens: [n] integers, the training split; devices: if not those that `config` names, in one process.
+        """tokens: [n] integers, the training split; devices: default: `config.device` in a single process.
 
         Raises:
-            ConfigError: the streams cannot be dealt out to the devices, or the split is too short for them.
+            ConfigError: the streams cannot be divided evenly over the devices, or the split is too short.
         """
         self.config = config
         self.devices = devices or Devices.alone(config.device)
-        own = self.devices.share_of(config.data.batch, accumulate=config.optim.accumulate)
+        local_streams = self.devices.share_of(config.data.batch, accumulate=config.optim.accumulate)
         self.streams = Streams(
             tokens,
             num_streams=config.data.batch,
             block=config.data.block,
             seed=config.seed,
             reset_prob=config.data.reset_prob,
-            own=own,
+            own=local_streams,
         )
         self.network = network
         self._spans = [layer.span for layer in network.layers]
-        self._learner = self._spread()
+        self._loss_module = self._spread()
         self.optimizer = Optimizer(network, config.optim)
-        self._own = own
-        num_streams = (own.stop - own.start) // config.optim.accumulate
-        self._caches = [self._fresh_cache(num_streams) for _ in range(config.optim.accumulate)]  # in order of streams
+        self._local_streams = local_streams
+        num_streams = (local_streams.stop - local_streams.start) // config.optim.accumulate
+        self._caches = [self._fresh_cache(num_streams) for _ in range(config.optim.accumulate)]  # by part of the batch
         self.step_count = 0
         self.seconds = 0.0
-        if not self.devices.is_first:  # rank 0 goes on with what drew the weights
+        if not self.devices.is_first:  # rank 0 continues the random numbers that drew the weights
             torch.manual_seed(config.seed + self.devices.rank)
 
     def _spread(self) -> nn.Module:
@@ -100,7 +102,7 @@ class Run:
         if self.config.compile:
             for layer in self.network.layers:
                 layer.compile(dynamic=False)
-        return self.devices.spread(Learner(self.network), parts=list(self.network.layers), kept=self._spans)
+        return self.devices.spread(LossModule(self.network), parts=list(self.network.layers), kept=self._spans)
 
     def _fresh_cache(self, num_streams: int) -> StreamCache:
         with self._autocast():
@@ -114,24 +116,24 @@ class Run:
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens learned from since the start of the run."""
+        """Tokens seen since the start of the run."""
         return self.step_count * self.config.data.batch * self.config.data.block
 
     @property
     def share(self) -> float:
-        """How much of the run is done, 0 .. 1: of its steps or of its time, whichever is further."""
+        """The share of the run that is done, 0 .. 1: the share of steps or of time, whichever is larger."""
         optim = self.config.optim
         done = self.step_count / optim.max_steps
         return min(1.0, done if optim.max_seconds is None else max(done, self.seconds / optim.max_seconds))
 
     def step(self) -> Report:
-        """Learn from the next block of every stream.
+        """Train on the next block of every stream.
 
         Raises:
-            NonFiniteLossError: the loss or the gradient is not finite; nothing has been updated. So on every device.
+            NonFiniteLossError: the loss or the gradient is not finite; nothing was updated. Every device raises it.
         """
         begun = time.perf_counter()
-        self._learner.train()
+        self._loss_module.train()
         nats, caches = self._gradients(self.streams.next())
         nats = self.devices.sum(nats) / (self.config.data.batch * self.config.data.block)
         norm = self.optimizer.clip()
@@ -146,19 +148,23 @@ class Run:
         self.network.clamp_spans()
         self._caches = caches
         self.step_count += 1
-        self.seconds += self.devices.of_first(time.perf_counter() - begun)  # one clock: it may decide the schedule
+        self.seconds += self.devices.of_first(
+            time.perf_counter() - begun
+        )  # the clock of rank 0, because time may determine the schedule
         return Report(self.step_count, self.tokens_seen, nats, norm, rate, self.seconds)
 
     def _gradients(self, batch: Batch) -> tuple[float, list[StreamCache]]:
-        """Leave the gradient of the mean loss of all devices; return the nats of this one's targets, and its caches."""
+        """Compute the gradient of the mean loss over all devices; return the nats and the new caches of this device."""
         num_parts, total, caches = len(self._caches), 0.0, []
-        lines = zip(*(tensor.chunk(num_parts) for tensor in (batch.inputs, batch.targets, batch.reset)), strict=True)
-        for number, (inputs, targets, reset) in enumerate(lines, 1):
+        parts = zip(*(tensor.chunk(num_parts) for tensor in (batch.inputs, batch.targets, batch.reset)), strict=True)
+        for number, (inputs, targets, reset) in enumerate(parts, 1):
             last = number == num_parts
-            with nullcontext() if last else self.devices.hold_back(self._learner):
+            with nullcontext() if last else self.devices.hold_back(self._loss_module):
                 cache = self._caches[number - 1].reset(reset)
                 with self._autocast():
-                    nats, penalty, cache = self._learner(Lesson(inputs.to(self.device), targets.to(self.device), cache))
+                    nats, penalty, cache = self._loss_module(
+                        MicroBatch(inputs.to(self.device), targets.to(self.device), cache)
+                    )
                     loss = nats / batch.targets.numel()
                 (loss + self.config.optim.span_penalty / num_parts * penalty).backward()
             total = total + nats.detach()
@@ -173,35 +179,35 @@ class Run:
 
     @torch.no_grad()
     def loss_on(self, tokens: np.ndarray, *, num_streams: int = 16) -> float:
-        """Nats per token of a stretch of another split, read as several streams at once: quick, to watch progress.
+        """Nats per token of `tokens`, read as several streams at once: a fast estimate for validation.
 
-        Every device reads all of it: where weights are cut up all must take part, and waiting takes as long.
+        Every device reads all tokens: with sharded weights all devices must take part; otherwise waiting takes as long.
         """
         num_streams = min(num_streams, max(1, len(tokens) // (2 * self.config.data.block)))
         streams = Streams(tokens, num_streams=num_streams, block=self.config.data.block, seed=0, reset_prob=0.0)
-        self._learner.eval()
+        self._loss_module.eval()
         cache, total, count = self._fresh_cache(num_streams), 0.0, 0
         for _ in range(streams.blocks_per_epoch):
             batch = streams.next()
             with self._autocast():
-                lesson = Lesson(batch.inputs.to(self.device), batch.targets.to(self.device), cache)
-                nats, _, cache = self._learner(lesson)
+                micro_batch = MicroBatch(batch.inputs.to(self.device), batch.targets.to(self.device), cache)
+                nats, _, cache = self._loss_module(micro_batch)
             total += float(nats)
             count += batch.targets.numel()
         return self.devices.of_first(total / count)
 
     def spans(self) -> list[list[float]]:
-        """The learned span of every head in tokens, a list for each layer."""
+        """The learned span of every head in tokens, one list for each layer."""
         return [(self.config.model.max_span * span.detach()).tolist() for span in self._spans]
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights, whole, by name."""
+        """The weights by name, not sharded."""
         return {name: whole(tensor) for name, tensor in self.network.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides the next steps, as tensors and plain values, whole on rank 0.
+        """Everything that determines the next steps, as tensors and plain values; complete on rank 0.
 
-        It does not depend on the number of devices, but for the state of each one's random numbers.
+        Only the state of the random number generators depends on the number of devices.
         """
         return {
             "network": self.weights(),
@@ -220,9 +226,9 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned: bit for bit, or, with another number of devices, to rounding and dropout.
+        """Continue from a state that `state` returned: bit for bit, or, with another number of devices, up to rounding.
 
-        With another number, dropout draws from fresh seeds, which (seed, step, rank) decide.
+        With another number of devices, dropout also differs: its seeds depend on (seed, step, rank).
         """
         for name, tensor in self.network.state_dict().items():
             tensor.copy_(cut_like(state["network"][name], tensor))
@@ -239,10 +245,10 @@ class Run:
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
 
     def _cut(self, saved: dict[str, Any]) -> list[StreamCache]:
-        """This device's part of the caches of all streams, in as many parts as a step computes one after another."""
+        """The caches of this device's streams out of the caches of all streams, one for each part of a batch."""
         num_parts = len(self._caches)
-        filled = saved["filled"][self._own].clone().chunk(num_parts)
-        parts = [tensor[self._own].to(self.device, copy=True).chunk(num_parts) for tensor in saved["layers"]]
+        filled = saved["filled"][self._local_streams].clone().chunk(num_parts)
+        parts = [tensor[self._local_streams].to(self.device, copy=True).chunk(num_parts) for tensor in saved["layers"]]
         return [StreamCache(tuple(part), filled[i]) for i, part in enumerate(zip(*parts, strict=True))]
 
     def _autocast(self) -> torch.autocast:

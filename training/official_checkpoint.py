@@ -1,7 +1,7 @@
-"""A checkpoint file of the paper's own code, read without running anything in it.
+"""Reading of a checkpoint of the paper's code, without running code from the file.
 
-That code (github.com/facebookresearch/adaptive-span, utils.py) saves a dict of weights under "model", beside the states
-of its optimizer and log, which are not looked at. Knows no names of weights.
+The paper's code (github.com/facebookresearch/adaptive-span, utils.py) saves a dict of weights under "model". The states
+of its optimizer and log, which are also in the file, are ignored. Knows no names of weights.
 """
 
 import pickle
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DATA_PARALLEL = "module."  # what torch's DataParallel and DistributedDataParallel put before every name
+_DATA_PARALLEL = "module."  # prefix of every name under torch's DataParallel and DistributedDataParallel
 
 
 class OfficialCheckpointError(ValueError):
-    """A file that cannot be imported; the message names the key or the fault and says what is allowed."""
+    """A file that cannot be imported; the message names the key or the error and says what is allowed."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint under the names of the official modules; optimizer and logs are not looked at.
+    """The weights in a checkpoint, under the names of the official modules.
 
     Raises:
-        OfficialCheckpointError: the file cannot be read, is damaged, would have to run code, or holds no such weights.
+        OfficialCheckpointError: the file cannot be read, is damaged, needs to run code, or holds no such weights.
     """
     state = _unpickle(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
@@ -52,14 +52,14 @@ def _is_plain(value: object) -> bool:
 
 
 def _unpickle(path: Path) -> Any:
-    """What torch saved at `path`, if it is tensors and plain values."""
+    """The object that torch saved at `path`; it must consist of tensors and plain values."""
     try:
         path.open("rb").close()
     except OSError as error:
         raise OfficialCheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has several for old files, none for whoever imports them
+            warnings.simplefilter("ignore")  # torch warns of old files; the warnings do not help the user
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except pickle.UnpicklingError as error:
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
@@ -67,12 +67,12 @@ def _unpickle(path: Path) -> Any:
                 f"{path} asks for {foreign[1]}, and a checkpoint of tensors needs no such code; nothing was run"
             ) from error
         raise _damaged(path) from error
-    except Exception as error:  # torch raises half a dozen types for a file that is not whole, OSError too
+    except Exception as error:  # torch raises half a dozen types for a damaged file, OSError too
         raise _damaged(path) from error
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """True for the zip that torch has written since 1.6; its check sums, which torch does not compare, are checked."""
+    """Whether the file can be mapped into memory: an uncompressed zip (torch >= 1.6). Verifies the zip's checksums."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -1,9 +1,10 @@
-"""The symbols of a checkpoint of the paper's code: rebuilt from its train.txt, and given our tokenizers' ids.
+"""The vocabulary of a checkpoint of the paper's code: rebuilt from its train.txt and mapped to our tokenizers' ids.
 
 The paper's code (data.py) splits every line at whitespace and ends it with <eos>. Ids are in order of first appearance;
-with adaptive embeddings they are by descending count, and of equal counts the one seen last comes first. Its train.txt
-of enwik8 has byte values as decimal numbers, each line end of the original being a line end (so <eos> is byte 10), that
-of text8 letters with _ for the space, all in one line (so <eos> occurs once). Knows no checkpoint.
+with adaptive embeddings they are in order of descending count, and of tokens with equal counts the token that appears
+last comes first. The train.txt of enwik8 has byte values as decimal numbers and the line ends of the original (so <eos>
+is byte 10). The train.txt of text8 has letters, with _ for the space, in a single line (so <eos> occurs once). Knows no
+checkpoint.
 """
 
 import re
@@ -22,28 +23,28 @@ Symbols = Literal["bytes", "letters", "words"]
 SYMBOLS: tuple[Symbols, ...] = get_args(Symbols)
 
 EOS = "<eos>"
-# The bias of a byte that is no symbol of the checkpoint: beside scores of the order of 10 its probability is exactly 0
-# in fp32, so the others keep theirs, and it is finite in fp16 too.
+# The output bias of a byte that is not a symbol of the checkpoint. Other scores are of the order of 10, so in fp32 the
+# probability of the byte is exactly 0 and the other probabilities do not change. The bias is finite in fp16 too.
 NEVER = -1e4
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,2}", re.ASCII)
 
 
 class VocabularyError(ValueError):
-    """A text that cannot be a checkpoint's train.txt, and what is allowed."""
+    """A text that cannot be the train.txt of a checkpoint; the message says what is allowed."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the official ids stand for."""
+    """The symbols of a checkpoint, and our tokenizer and ids for them."""
 
     tokenizer: Tokenizer
-    ids: tuple[int | None, ...]  # for each official id, ours; None for a symbol that has none
+    ids: tuple[int | None, ...]  # our id for each official id; None for a symbol without an id of ours
     symbols: Symbols
-    eos: str  # what became of <eos>, to be read after its name
+    eos: str  # what <eos> became, as the predicate of a sentence
 
 
 def byte_values() -> Vocabulary:
-    """Of a checkpoint whose ids are byte values."""
+    """The vocabulary of a checkpoint whose ids are byte values."""
     return Vocabulary(BytesTokenizer(), tuple(range(256)), "bytes", "is not a symbol")
 
 
@@ -51,8 +52,8 @@ def read_vocabulary(path: Path, *, symbols: Symbols | None, by_count: bool) -> V
     """The vocabulary that the paper's code builds from its train.txt.
 
     Args:
-        symbols: what the tokens of the text are; None finds out.
-        by_count: order the ids by descending count, as with adaptive embeddings.
+        symbols: the kind of tokens in the text; None infers it from the text.
+        by_count: whether ids are in order of descending count, as with adaptive embeddings.
 
     Raises:
         VocabularyError: the text cannot be read, is empty, or its tokens are not `symbols`.
@@ -63,7 +64,7 @@ def read_vocabulary(path: Path, *, symbols: Symbols | None, by_count: bool) -> V
     tokens = list(counts)
     if by_count:
         tokens.reverse()
-        tokens.sort(key=counts.__getitem__, reverse=True)  # which keeps the order of equal elements
+        tokens.sort(key=counts.__getitem__, reverse=True)  # stable: tokens of equal count keep their order
     kind = symbols or _kind(counts)
     try:
         return _words(tokens) if kind == "words" else _bytes(tokens, kind)
@@ -72,10 +73,10 @@ def read_vocabulary(path: Path, *, symbols: Symbols | None, by_count: bool) -> V
 
 
 def count_tokens(path: Path, *, piece_chars: int = 1 << 20) -> Counter[str]:
-    """The tokens of a text in order of first appearance, with their counts; every line ends with <eos>, the last too.
+    """The counts of the tokens of a text, in order of first appearance; every line ends with <eos>, also the last line.
 
     Args:
-        piece_chars: how much of a long line is read at once.
+        piece_chars: number of characters of a long line to read at once.
 
     Raises:
         VocabularyError: the text cannot be read or is not UTF-8.
@@ -101,10 +102,10 @@ def count_tokens(path: Path, *, piece_chars: int = 1 << 20) -> Counter[str]:
 
 
 def place_symbols(tensors: dict[str, Tensor], vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Plain embedding and output with a row for each of our ids; all other weights as they are.
+    """The weights with the rows of the plain embedding and output layer in the order of our ids.
 
-    Ids that the checkpoint has no symbol for get zero rows and the bias `NEVER`. A symbol without an id is dropped,
-    which leaves the ratios of the others' probabilities as they are.
+    An id without a symbol of the checkpoint gets zero rows and the bias `NEVER`. A symbol without an id is dropped;
+    that does not change the ratios of the other probabilities.
     """
     kept = [id for id in vocabulary.ids if id is not None]
     rows = [row for row, id in enumerate(vocabulary.ids) if id is not None]
@@ -135,8 +136,8 @@ def _bytes(tokens: list[str], kind: Symbols) -> Vocabulary:
     dropped = newline in byte_of.values()
     eos = None if dropped else newline
     ids = tuple(eos if token == EOS else byte_of[token] for token in tokens)
-    told = "was dropped, as the line end is another symbol" if dropped else "is the line end, byte 10"
-    return Vocabulary(BytesTokenizer(), ids, kind, told)
+    eos_text = "was dropped, as the line end is another symbol" if dropped else "is the line end, byte 10"
+    return Vocabulary(BytesTokenizer(), ids, kind, eos_text)
 
 
 def _byte(token: str, kind: Symbols) -> int:
@@ -144,8 +145,8 @@ def _byte(token: str, kind: Symbols) -> int:
         return int(token)
     if kind == "letters" and len(token) == 1 and token.isascii():
         return ord(" ") if token == "_" else ord(token)
-    wanted = "a decimal number from 0 to 255" if kind == "bytes" else "a single ASCII character (_ for the space)"
-    raise VocabularyError(f"token {token[:40]!r} is not {wanted}")
+    allowed = "a decimal number from 0 to 255" if kind == "bytes" else "a single ASCII character (_ for the space)"
+    raise VocabularyError(f"token {token[:40]!r} is not {allowed}")
 
 
 def _is_byte(token: str) -> bool:

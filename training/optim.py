@@ -1,9 +1,10 @@
-"""How gradients become updates: AdamW, Muon or the paper's Adagrad, the learning rate over a run, and clipping.
+"""Optimizers (AdamW, Muon and the paper's Adagrad), the learning rate schedule, and gradient clipping.
 
-Knows the names of parameters (their states are saved by name), no data and no files. Parameters may be cut up over
-devices (FSDP), Muon's not.
+Knows the names of parameters, because it saves their states by name; knows no data and no files. Parameters may be
+sharded over devices (FSDP), except with Muon.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from training.devices import cut_like, is_cut, whole
 
 
 class Optimizer:
-    """The optimizer of a run with its clipping and its schedule."""
+    """The optimizer of a run, with gradient clipping and the learning rate schedule."""
 
     def __init__(self, network: nn.Module, config: OptimConfig) -> None:
         self.config = config
@@ -23,7 +24,7 @@ class Optimizer:
             parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad
         }
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._matrices: list[tuple[nn.Parameter, nn.Parameter, int]] = []  # what Muon sees, of whom, which head
+        self._matrices: list[tuple[nn.Parameter, nn.Parameter, int]] = []  # matrix for Muon, its parameter, head
         self._inner = self._build(network)
 
     def _build(self, network: nn.Module) -> list[torch.optim.Optimizer]:
@@ -31,7 +32,7 @@ class Optimizer:
         if config.name == "adagrad":
             return [ClippedAdagrad(self._groups(self._parameters), lr=config.lr, grad_clip=config.grad_clip)]
         hidden = _hidden_matrices(network) if config.name == "muon" else []
-        rest = [parameter for parameter in self._parameters if not any(parameter is one for one in hidden)]
+        rest = [parameter for parameter in self._parameters if not any(parameter is matrix for matrix in hidden)]
         inner: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(self._groups(rest), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         ]
@@ -50,17 +51,17 @@ class Optimizer:
         return inner
 
     def _groups(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-        """Vectors (norms, biases, spans) have no scale to decay; the position table is one matrix of all layers."""
+        """Parameter groups with and without weight decay: vectors (norms, biases, spans) have none."""
         decayed = [p for p in parameters if p.dim() >= 2]
         rest = [p for p in parameters if p.dim() < 2]
-        parts = [(part, self.config.weight_decay) for part in _whole_and_cut(decayed)]
-        parts += [(part, 0.0) for part in _whole_and_cut(rest)]
+        parts = [(part, self.config.weight_decay) for part in _unsharded_and_sharded(decayed)]
+        parts += [(part, 0.0) for part in _unsharded_and_sharded(rest)]
         return [{"params": part, "weight_decay": decay} for part, decay in parts]
 
     def clip(self) -> float:
-        """Bound the global gradient norm (the paper's Adagrad bounds each parameter's own) and return it."""
+        """Clip the global gradient norm (the paper's Adagrad clips each parameter in its step) and return the norm."""
         bound = self.config.grad_clip if self.config.name != "adagrad" and self.config.grad_clip else math.inf
-        parts = _whole_and_cut([parameter for parameter in self._parameters if parameter.grad is not None])
+        parts = _unsharded_and_sharded([parameter for parameter in self._parameters if parameter.grad is not None])
         norms = [whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
         norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         for part in parts:
@@ -68,11 +69,11 @@ class Optimizer:
         return float(norm)
 
     def step(self, *, step: int, share: float) -> float:
-        """Update, forget the gradients, and return the learning rate used.
+        """Update the parameters, clear the gradients, and return the learning rate of the update.
 
         Args:
             step: updates made before this one.
-            share: how much of the run is done, 0 .. 1.
+            share: the share of the run that is done, 0 .. 1.
         """
         rate = learning_rate(self.config, step=step, share=share)
         for matrix, parameter, head in self._matrices:
@@ -85,12 +86,12 @@ class Optimizer:
         return rate
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for parameter in (*self._parameters, *(matrix for matrix, _, _ in self._matrices)):
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered of every parameter, by its name: whole tensors, however they are cut up over devices."""
+        """The optimizer state of every parameter by its name; the tensors are not sharded."""
         return {
             self._names[parameter]: {key: whole(value) for key, value in remembered.items()}
             for optimizer in self._inner
@@ -98,17 +99,17 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a state that `state_dict` returned."""
         for optimizer in self._inner:
-            for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+            for parameter in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
                 optimizer.state[parameter] = {
                     key: cut_like(value, parameter) if value.dim() else value.to(parameter.device, copy=True)
                     for key, value in state.get(self._names[parameter], {}).items()
                 }
 
 
-def _whole_and_cut(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Those that are not cut up over devices and those that are, where there are any: torch does not mix them."""
+def _unsharded_and_sharded(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Separate unsharded from sharded parameters, because torch does not mix them; leaves out empty lists."""
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in parameters:
         parts[is_cut(parameter)].append(parameter)
@@ -116,12 +117,12 @@ def _whole_and_cut(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """What Muon is for: the projections and persistent vectors of the layers; not what touches tokens or positions."""
+    """The parameters for Muon: projections and persistent vectors of the layers, not embeddings and positions."""
     return [p for name, p in network.named_parameters() if name.startswith("layers.") and p.dim() >= 2]
 
 
 def _as_matrices(parameter: nn.Parameter) -> list[tuple[nn.Parameter, nn.Parameter, int]]:
-    """Muon takes matrices: each head's persistent vectors [H, N, D] are one, in the same memory."""
+    """Views of a parameter as matrices, which Muon needs: persistent vectors [H, N, D] are a matrix for each head."""
     heads = parameter.shape[0] if parameter.dim() == 3 else 1
     return [(nn.Parameter(_matrix_of(parameter.detach(), head)), parameter, head) for head in range(heads)]
 
@@ -131,33 +132,33 @@ def _matrix_of(tensor: Tensor, head: int) -> Tensor:
 
 
 def learning_rate(config: OptimConfig, *, step: int, share: float) -> float:
-    """Linear warm-up over `warmup_steps`, times the schedule, which ends at `final_lr_fraction` of the peak.
+    """The learning rate: linear warm-up times the schedule, which ends at `final_lr_fraction` of the peak.
 
-    constant stays at the peak; cosine falls from the start; trapezoid falls in a line over the last `decay_fraction` of
-    the run; step falls at once where that begins.
+    constant stays at the peak; cosine decays from the start; trapezoid decays linearly over the last `decay_fraction`
+    of the run; step drops at the start of the last `decay_fraction`.
 
     Args:
         step: updates made before this one.
-        share: how much of the run is done, 0 .. 1.
+        share: the share of the run that is done, 0 .. 1.
     """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     match config.schedule:
         case "constant":
-            left = 1.0
+            decay = 1.0
         case "cosine":
-            left = 0.5 * (1 + math.cos(math.pi * share))
+            decay = 0.5 * (1 + math.cos(math.pi * share))
         case "trapezoid":
-            left = min(1.0, (1 - share) / config.decay_fraction)
+            decay = min(1.0, (1 - share) / config.decay_fraction)
         case "step":
-            left = float(share < 1 - config.decay_fraction)
-    return config.lr * warm * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
+            decay = float(share < 1 - config.decay_fraction)
+    return config.lr * warm * (config.final_lr_fraction + (1 - config.final_lr_fraction) * decay)
 
 
 class ClippedAdagrad(torch.optim.Optimizer):
-    """Adagrad whose step, not its accumulator, is scaled down where a parameter's gradient norm exceeds a bound.
+    """Adagrad with clipping of each parameter's update, the optimizer of the paper's character models.
 
-    The optimizer of the paper's character models: the squares of the unclipped gradient are summed; a gradient of norm
-    n > clip takes a step of lr * clip / n.
+    Clipping scales the update, not the accumulator: the accumulator sums the squares of the unclipped gradient, and a
+    gradient of norm n > clip takes a step with learning rate lr * clip / n.
     """
 
     def __init__(self, params: Any, *, lr: float, grad_clip: float, eps: float = 1e-10) -> None:

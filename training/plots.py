@@ -1,6 +1,6 @@
-"""The pictures of a bundle, as PNG bytes: how it learned, how far its heads look back, where its attention goes.
+"""The pictures of a bundle as PNG bytes: loss curves, spans of the heads, and attention on persistent vectors.
 
-Colours are Okabe and Ito's, which colour-blind people tell apart; the ground is white in light and dark pages alike.
+Colours are Okabe and Ito's, which colour-blind people can distinguish; the background is white on light and dark pages.
 Knows no files. Matplotlib is used through its objects: no global state, no window.
 """
 
@@ -19,22 +19,22 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from model.frozen.baked import BakedLM
 
-Line = dict[str, Any]  # of metrics.jsonl: see training.record
+Line = dict[str, Any]  # a line of metrics.jsonl, see training.record
 
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 COLOURS = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#24292F")
 INK, FAINT, GRID = "#24292f", "#6e7781", "#e4e7eb"
-WIDTH, DPI = 7.0, 200  # inches; 1400 pixels, sharp where a page shows 700
-PAD = 0.1  # inches of white around all
-LABEL_SHARE = 0.075  # of the height of a picture: between two labels at its edge
-SMOOTHED_SHARE = 0.02  # of the run: the stretch a smoothed curve averages over
-START_SHARE = 0.08  # of the run, whose steep fall may leave the picture at the top
-SHARE_TOKENS = 4096  # of the valid split, over which attention is averaged
+WIDTH, DPI = 7.0, 200  # inches, dots per inch: 1400 pixels, sharp on a page that shows 700
+PAD = 0.1  # inches of white around the picture
+LABEL_SHARE = 0.075  # distance of two labels at the edge, as a share of the height of the picture
+SMOOTHED_SHARE = 0.02  # the window of a smoothed curve, as a share of the run
+START_SHARE = 0.08  # the start of the run, as a share of it, where the loss may be above the picture
+SHARE_TOKENS = 4096  # tokens of the valid split over which attention is averaged
 CHUNK_TOKENS = 256
 
 
 def pictures(metrics: Sequence[Line], baked: BakedLM, valid_tokens: np.ndarray) -> dict[str, bytes]:
-    """All pictures of a bundle by name, as PNG. The curves are left out where nothing was recorded.
+    """All pictures of a bundle by name, as PNG. There is no picture of the loss if no training step was recorded.
 
     Args:
         metrics: lines of `training.record.read_metrics`.
@@ -49,7 +49,7 @@ def pictures(metrics: Sequence[Line], baked: BakedLM, valid_tokens: np.ndarray) 
 
 
 def draw_loss(metrics: Sequence[Line]) -> bytes:
-    """Bits per byte over tokens: training, smoothed, and the looks at the valid split."""
+    """The picture of the loss in bits per byte over tokens: in training, smoothed, and at each validation."""
     figure, axes = canvas("Loss while training", height=3.9)
     tokens, smooth = train_curve(metrics, x="tokens")
     seen, valid = valid_curve(metrics, x="tokens")
@@ -68,11 +68,11 @@ def draw_loss(metrics: Sequence[Line]) -> bytes:
 
 
 def draw_spans(spans: Sequence[Sequence[int]], *, max_span: int, ramp: int) -> bytes:
-    """How many tokens each head looks back: a dot a head, layer by layer.
+    """The picture of the spans: for each layer, a dot for each head at the number of tokens that it looks back.
 
     Args:
         spans: for each layer, the reach of each head in tokens, ramp included.
-        max_span: L, the most there can be; ramp: R, the least.
+        max_span: L, the largest possible reach; ramp: R, the smallest.
     """
     figure, axes = canvas("How far each head looks back", height=3.6)
     num_heads = len(spans[0])
@@ -96,11 +96,11 @@ def draw_spans(spans: Sequence[Sequence[int]], *, max_span: int, ramp: int) -> b
 
 
 def draw_memory_share(shares: Sequence[float], *, num_tokens: int) -> bytes:
-    """Attention on persistent vectors: a bar a layer.
+    """The picture of the share of attention on persistent vectors: a bar for each layer.
 
     Args:
         shares: for each layer, 0 .. 1.
-        num_tokens: over how many positions they are means.
+        num_tokens: number of positions over which the shares are means.
     """
     figure, axes = canvas("Attention on persistent vectors", height=3.3)
     axes.bar(range(len(shares)), shares, width=0.68, color=BLUE, zorder=3)
@@ -118,7 +118,7 @@ def draw_memory_share(shares: Sequence[float], *, num_tokens: int) -> bytes:
 
 
 def memory_share(baked: BakedLM, tokens: np.ndarray) -> list[float]:
-    """For each layer, the share of attention on persistent vectors: mean over heads and over a stretch from its start.
+    """For each layer, the share of attention on persistent vectors: mean over heads and over a fresh stream of tokens.
 
     Args:
         tokens: [n] integers, n >= 1.
@@ -135,7 +135,7 @@ def memory_share(baked: BakedLM, tokens: np.ndarray) -> list[float]:
 
 
 def train_curve(metrics: Sequence[Line], *, x: str) -> tuple[np.ndarray, np.ndarray]:
-    """The loss in training in bits per byte over `x`, smoothed over 2 % of the run; both [lines]."""
+    """The training loss: values of `x`, and bits per byte smoothed over 2 % of the run; both [number of lines]."""
     lines = [line for line in metrics if line["kind"] == "train"]
     weights = np.array([line["num_steps"] for line in lines], dtype=float)
     values = np.array([line["bits_per_byte"] for line in lines])
@@ -143,15 +143,15 @@ def train_curve(metrics: Sequence[Line], *, x: str) -> tuple[np.ndarray, np.ndar
 
 
 def valid_curve(metrics: Sequence[Line], *, x: str) -> tuple[np.ndarray, np.ndarray]:
-    """The loss on the valid split in bits per byte over `x`; both [looks]."""
+    """The loss on the valid split: values of `x`, and bits per byte; both [number of validations]."""
     lines = [line for line in metrics if line["kind"] == "valid"]
     return np.array([line[x] for line in lines]), np.array([line["bits_per_byte"] for line in lines])
 
 
 def smoothed(values: np.ndarray, weights: np.ndarray, *, steps: float) -> np.ndarray:
-    """Exponential mean over about the last `steps` steps; a value is the mean of as many steps as its weight says.
+    """Exponential moving average over about the last `steps` steps; each value is the mean of `weight` steps.
 
-    The mean is of what there has been so far: it begins at the first value and not at zero.
+    The average is without bias: it starts at the first value, not at zero.
     """
     result, total, mass = np.empty(len(values)), 0.0, 0.0
     for i, (value, weight) in enumerate(zip(values, weights, strict=True)):
@@ -162,7 +162,7 @@ def smoothed(values: np.ndarray, weights: np.ndarray, *, steps: float) -> np.nda
 
 
 def canvas(title: str, *, height: float) -> tuple[Figure, Axes]:
-    """An empty picture in the house style."""
+    """An empty picture with a title in the style of all pictures."""
     figure = Figure(
         figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=PAD, h_pad=PAD)
     )
@@ -180,21 +180,21 @@ def canvas(title: str, *, height: float) -> tuple[Figure, Axes]:
 
 
 def subtitle(axes: Axes, text: str) -> None:
-    """A line of explanation between title and picture."""
+    """Add a line of explanation below the title."""
     axes.set_title(axes.get_title(loc="left"), loc="left", color=INK, fontsize=12.5, fontweight="bold", pad=24)
     axes.annotate(text, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color=FAINT, fontsize=9.5)
 
 
-def mark_of(looks: np.ndarray, mark: str = "o") -> str | None:
-    """The marker of a curve, for each look, as long as they can be told apart. A single look has no line."""
-    return mark if len(looks) <= 60 else None
+def mark_of(losses: np.ndarray, mark: str = "o") -> str | None:
+    """The marker of a curve at each validation, or None if there are too many to distinguish the markers."""
+    return mark if len(losses) <= 60 else None
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names of curves at the right edge, each at the height where its curve ends, moved apart where they would collide.
+    """Label curves at the right edge at the height of their ends, moved apart if the labels would overlap.
 
     Args:
-        ends: height, text and colour of each. The limits of the axes must be final.
+        ends: height, text and colour of each label. The limits of the axes must be final.
     """
     low, high = axes.get_ylim()
     least = LABEL_SHARE * (high - low)
@@ -216,7 +216,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 
 
 def fit_loss(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Limits that show how curves differ, not how they all fall at the start."""
+    """Set the limits of the axes so that the differences of curves are visible, not their steep start."""
     curves = [(x, y) for x, y in curves if len(x)]
     end = max(float(x[-1]) for x, _ in curves)
     late = np.concatenate([y[x >= min(START_SHARE * end, x[-1] / 2)] for x, y in curves])
@@ -228,14 +228,14 @@ def fit_loss(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> Non
 
 
 def layers_below(axes: Axes, num_layers: int) -> None:
-    """The horizontal axis of a picture by layer."""
+    """Make the horizontal axis an axis of layers."""
     axes.set_xlim(-0.5, num_layers - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
     axes.set_xlabel("layer")
 
 
 def short_number(value: float, _: object = None) -> str:
-    """12,000,000 as 12 M."""
+    """A number with a unit, for example 12 M for 12,000,000."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:g} {unit}"

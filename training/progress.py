@@ -1,4 +1,4 @@
-"""The person at the terminal: what they see of a run, and how they stop it."""
+"""The terminal of a training run: its progress bar, and the signals that stop it."""
 
 import math
 import signal
@@ -10,19 +10,19 @@ from tqdm import tqdm
 
 from training.loop import Report
 
-SMOOTHING = 0.95  # of the loss shown: about the mean of the last 20 steps
+SMOOTHING = 0.95  # of the displayed loss: about the mean of the last 20 steps
 
 
 def redraw_seconds() -> float:
-    """The time between two drawings of a bar; a log file wants few."""
+    """Seconds between two redraws of a bar; a log file needs few redraws."""
     return 0.1 if sys.stderr.isatty() else 30.0
 
 
 class ProgressBar:
-    """One line: how far the run is, loss in bits per byte, tokens per second, time left."""
+    """A progress bar of a run: share done, loss in bits per byte, tokens per second, remaining time."""
 
     def __init__(self, *, nats_per_bit: float, valid_nats_per_bit: float, share: float) -> None:
-        """nats_per_bit: nats per token that make one bit per byte; share: how much of the run is done, 0 .. 1."""
+        """nats_per_bit: nats per token that equal one bit per byte; share: share of the run that is done, 0 .. 1."""
         self._nats_per_bit, self._valid_nats_per_bit = nats_per_bit, valid_nats_per_bit
         layout = "{percentage:5.1f}% |{bar:24}| {elapsed}<{remaining} {postfix}"
         pause = redraw_seconds()
@@ -36,7 +36,7 @@ class ProgressBar:
         self._bar.close()
 
     def show(self, report: Report, *, share: float) -> None:
-        """Move on to what a step reported."""
+        """Show the report of a step."""
         old = self._loss if math.isfinite(self._loss) else report.loss
         self._loss = SMOOTHING * old + (1 - SMOOTHING) * report.loss
         rate = report.tokens / report.seconds
@@ -46,7 +46,7 @@ class ProgressBar:
         self._bar.update(share - self._bar.n)
 
     def note(self, report: Report, *, valid: float) -> None:
-        """Leave a line above the bar. valid: nats per token on the validation split."""
+        """Print a line above the bar. valid: nats per token on the validation split."""
         train, valid = self._loss / self._nats_per_bit, valid / self._valid_nats_per_bit
         self._bar.write(
             f"step {report.step:7d}  {report.seconds:7.0f} s  train {train:.4f}  valid {valid:.4f} bits/byte  "
@@ -55,7 +55,7 @@ class ProgressBar:
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a question asked between two steps; the second one acts as usual."""
+    """A handler that turns the first SIGINT or SIGTERM into a flag, read between steps; the second acts as usual."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -1,15 +1,15 @@
-"""What a run leaves for those who watch it: metrics.jsonl, for programs, and TensorBoard events, for people.
+"""The record of a training run: metrics.jsonl for programs, and TensorBoard events for people.
 
-A line of metrics.jsonl is one JSON object with `kind`, `step`, `tokens`, `seconds` and the figures of its kind:
-- "train": means over the last `num_steps` steps: nats_per_token, bits_per_byte, gradient_norm, tokens_per_second; and
-  gradient_norm_max, the worst of them, and learning_rate, the last. A line comes whenever the step count has grown by a
-  thousandth, so each of the first thousand steps has one, and 500,000 steps have 7,000 (2 MB): everywhere as fine as a
-  picture can show.
+A line of metrics.jsonl is one JSON object with `kind`, `step`, `tokens`, `seconds` and the metrics of its kind:
+- "train": nats_per_token, bits_per_byte, gradient_norm and tokens_per_second are means over the last `num_steps` steps,
+  gradient_norm_max is the maximum over them, and learning_rate is that of the last step. A line is written whenever the
+  step count has grown by 0.1 %. So each of the first thousand steps has a line, and 500,000 steps have 7,000 lines
+  (2 MB), which is as fine as a picture can show.
 - "valid": nats_per_token and bits_per_byte on the validation split.
-- "spans": the learned span of every head in tokens, a list for each layer.
+- "spans": the learned span of every head in tokens, one list for each layer.
 
-A run that goes on from a checkpoint first drops what lies beyond it: no step is told twice. Steps between the last line
-kept and the checkpoint may be missing, never wrong.
+A run that resumes from a checkpoint first drops the lines after it, so no step is recorded twice. Steps between the
+last remaining line and the checkpoint may be missing, but no line is wrong.
 """
 
 import json
@@ -24,34 +24,33 @@ from training.loop import Report
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
-GROWTH = 1.001  # of the step count from one line to the next
-FLUSH_SECONDS = 10  # TensorBoard's events; a line of metrics.jsonl is out at once
+GROWTH = 1.001  # factor of the step count from one line to the next
+FLUSH_SECONDS = 10  # for TensorBoard's events; a line of metrics.jsonl is written at once
 
-PLACE = {"kind", "step", "tokens", "seconds"}  # what every line has
+COMMON_KEYS = {"kind", "step", "tokens", "seconds"}  # keys of every line
 
 Line = dict[str, Any]
 
 
 class RecordError(ValueError):
-    """A record that cannot be read or written; the message names the file."""
+    """A record cannot be read or written; the message names the file."""
 
 
 class Record:
-    """Writes down the steps of a run. One process writes: under torchrun, that of rank 0."""
+    """The writer of the record of a run. Under torchrun only rank 0 writes."""
 
     def __init__(self, folder: Path, *, resume_step: int, nats_per_bit: float, valid_nats_per_bit: float) -> None:
-        """Go on with the record in `folder`, or begin one.
+        """Continue the record in `folder`, or start a record there.
 
         Args:
-            resume_step: the step after which the run goes on, 0 for one that begins: all that is told of later steps is
-                dropped.
-            nats_per_bit: nats per token that make one bit per byte of the training split.
-            valid_nats_per_bit: the same of what is looked at of the validation split.
+            resume_step: the last step of the checkpoint, 0 for a fresh run; lines of later steps are dropped.
+            nats_per_bit: nats per token that equal one bit per byte on the training split.
+            valid_nats_per_bit: the same on the part of the validation split that is used while training.
 
         Raises:
             RecordError: the folder cannot be written.
         """
-        # The import costs a third of a second, which only a process that writes shall pay.
+        # The import takes a third of a second, so only a process that writes makes it.
         from torch.utils.tensorboard import SummaryWriter
 
         self._nats_per_bit, self._valid_nats_per_bit = nats_per_bit, valid_nats_per_bit
@@ -63,14 +62,14 @@ class Record:
                 shutil.rmtree(folder / EVENTS, ignore_errors=True)
             self._file = self._path.open("a", encoding="utf-8")
             self._events = SummaryWriter(folder / EVENTS, purge_step=resume_step + 1, flush_secs=FLUSH_SECONDS)
-        told = [line for line in kept if line["kind"] == "train"]
-        self._told = (told[-1]["tokens"], told[-1]["seconds"]) if told else (0, 0.0)
-        self._told_step = resume_step
-        self._pending: list[Report] = []  # since the last line
+        train_lines = [line for line in kept if line["kind"] == "train"]
+        self._last_line = (train_lines[-1]["tokens"], train_lines[-1]["seconds"]) if train_lines else (0, 0.0)
+        self._last_line_step = resume_step
+        self._pending: list[Report] = []  # reports since the last line
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Name the file where the disk is full or refuses."""
+        """Turn an OSError into a RecordError that names the file."""
         try:
             yield
         except OSError as error:
@@ -83,18 +82,18 @@ class Record:
         self.close()
 
     def step(self, report: Report) -> None:
-        """Note a step of training. It is written with those since the last line, once a line is due.
+        """Record a training step. It is written with the other steps since the last line when the next line is due.
 
         Raises:
-            RecordError: the disk is full or refuses; so do the methods below.
+            RecordError: the file cannot be written; the methods below raise it too.
         """
         self._pending.append(report)
-        if report.step >= GROWTH * self._told_step:
+        if report.step >= GROWTH * self._last_line_step:
             with self._writing():
                 self._write_pending()
 
     def look(self, report: Report, *, valid: float) -> None:
-        """Write the loss on the validation split, in nats per token, as of a step."""
+        """Record a validation: the loss on the validation split, in nats per token, after a step."""
         with self._writing():
             figures = _loss(valid, self._valid_nats_per_bit)
             self._write("valid", report, figures)
@@ -103,9 +102,9 @@ class Record:
             self._events.flush()
 
     def spans(self, report: Report, spans: Sequence[Sequence[float]]) -> None:
-        """Write the spans of all heads, in tokens, a list for each layer, as of a step."""
-        every = [float(span) for layer in spans for span in layer]
-        figures = {"spans/mean": sum(every) / len(every), "spans/longest": max(every)}
+        """Record the spans of all heads after a step, in tokens, one list for each layer."""
+        all_spans = [float(span) for layer in spans for span in layer]
+        figures = {"spans/mean": sum(all_spans) / len(all_spans), "spans/longest": max(all_spans)}
         figures |= {f"spans/layer_{i:02d}_mean": sum(layer) / len(layer) for i, layer in enumerate(spans)}
         with self._writing():
             self._write("spans", report, {"spans": [[round(float(span), 1) for span in layer] for layer in spans]})
@@ -113,7 +112,7 @@ class Record:
                 self._scalar(tag, figure, report.step)
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write the pending steps and close the files."""
         with self._writing(), closing(self._events), self._file:
             if self._pending:
                 self._write_pending()
@@ -121,7 +120,7 @@ class Record:
     def _write_pending(self) -> None:
         reports, last = self._pending, self._pending[-1]
         num = len(reports)
-        tokens, seconds = self._told
+        tokens, seconds = self._last_line
         figures = {
             **_loss(sum(report.loss for report in reports) / num, self._nats_per_bit),
             "gradient_norm": sum(report.gradient_norm for report in reports) / num,
@@ -133,7 +132,7 @@ class Record:
         tags = {"nats_per_token": "train/nats_per_token", "bits_per_byte": "train/bits_per_byte", "learning_rate": "lr"}
         for name, figure in figures.items():
             self._scalar(tags.get(name, name), figure, last.step)
-        self._told, self._told_step, self._pending = (last.tokens, last.seconds), last.step, []
+        self._last_line, self._last_line_step, self._pending = (last.tokens, last.seconds), last.step, []
 
     def _write(self, kind: str, report: Report, figures: Line) -> None:
         head = {"kind": kind, "step": report.step, "tokens": report.tokens, "seconds": round(report.seconds, 3)}
@@ -145,13 +144,13 @@ class Record:
 
 
 def read_metrics(place: Path) -> list[Line]:
-    """The lines of a record, oldest first. A last line that is not whole is passed over: a run may be writing it.
+    """The lines of a record, oldest first. An incomplete last line is skipped, because a run may be writing it.
 
     Args:
         place: the folder of a `Record`, or its metrics.jsonl.
 
     Raises:
-        RecordError: no such file, or a line in it is not of a record.
+        RecordError: the file cannot be read, or a line is not a line of a record.
     """
     path = place / METRICS if place.is_dir() else place
     lines = []
@@ -164,10 +163,10 @@ def read_metrics(place: Path) -> list[Line]:
 
 
 def _drop_after(path: Path, *, step: int) -> list[Line]:
-    """Rewrite the file without lines of later steps, and return the others.
+    """Remove the lines of later steps from the file, and return the remaining lines.
 
-    What is no whole line goes as well: a machine that died may leave anything at the end, and the record of a run must
-    not be what keeps it from going on.
+    Invalid lines are removed too: a machine that died may leave anything at the end of the file, and a broken record
+    must not prevent the run from resuming.
     """
     if not path.exists():
         return []
@@ -191,13 +190,13 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _parse(text: str) -> Line | None:
-    """A line of the file, or None if it is not one."""
+    """A line of the file as an object, or None if it is not a line of a record."""
     try:
         line = json.loads(text)
     except json.JSONDecodeError:
         return None
-    is_ours = isinstance(line, dict) and line.keys() >= PLACE and isinstance(line["step"], int)
-    return line if is_ours else None
+    is_valid = isinstance(line, dict) and line.keys() >= COMMON_KEYS and isinstance(line["step"], int)
+    return line if is_valid else None
 
 
 def _loss(nats: float, nats_per_bit: float) -> dict[str, float]:
@@ -205,5 +204,5 @@ def _loss(nats: float, nats_per_bit: float) -> dict[str, float]:
 
 
 def _short(figure: Any) -> Any:
-    """Floats of six digits: more are noise, and the file is half as long."""
+    """Floats rounded to six digits: more digits are noise and would double the size of the file."""
     return float(f"{figure:.6g}") if isinstance(figure, float) else figure

@@ -1,6 +1,6 @@
-"""`python -m training.run [CONFIG.toml] [--section.key value ...]`: corpus to bundle, in the order it happens.
+"""`python -m training.run [CONFIG.toml] [--section.key value ...]`: train a model on a corpus and write a bundle.
 
-On many devices: `torchrun --nproc-per-node N -m training.run ...`; every process runs all of this.
+On several devices: `torchrun --nproc-per-node N -m training.run ...`; every process runs this program.
 """
 
 import math
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 def read(config: RunConfig, devices: Devices) -> Dataset:
-    """The corpus as tokens. Rank 0 fills the cache that the others then find full."""
+    """The corpus as tokens. Rank 0 fills the cache first; the other ranks then read it."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if not devices.is_first:
@@ -75,7 +75,7 @@ def read(config: RunConfig, devices: Devices) -> Dataset:
 
 
 def begin(config: RunConfig, dataset: Dataset, devices: Devices) -> Run:
-    """A fresh run, or the one whose checkpoint lies beside the bundle."""
+    """A fresh run, or the run that the checkpoint beside the bundle resumes."""
     torch.manual_seed(config.seed)  # so that all devices draw the same weights
     network = AllAttentionLM(config.model.with_vocabulary(dataset.tokenizer.vocab_size))
     run = Run(config, network, dataset.train, devices=devices)
@@ -98,7 +98,7 @@ def begin(config: RunConfig, dataset: Dataset, devices: Devices) -> Run:
 
 
 def train(run: Run, dataset: Dataset) -> bool:
-    """Step until the run is done; False if a signal ended it before, with everything saved.
+    """Train until the run is done; False if a signal stopped it early, after a checkpoint was saved.
 
     Raises:
         NonFiniteLossError: see `Run.step`.
@@ -123,7 +123,7 @@ def train(run: Run, dataset: Dataset) -> bool:
 
 
 def look(run: Run, dataset: Dataset, report: Report, watch: Watch, *, best: float) -> float:
-    """Measure the loss on the validation split, keep the weights if it is below `best`, and return the lower one."""
+    """Validate, save the weights if the loss on the validation split is below `best`, and return the lower loss."""
     valid = run.loss_on(dataset.valid[: run.config.eval.tokens])
     watch.look(report, valid=valid)
     if not valid < best:
@@ -135,7 +135,7 @@ def look(run: Run, dataset: Dataset, report: Report, watch: Watch, *, best: floa
 
 
 def best_so_far(run: Run) -> float:
-    """The least loss seen on the validation split, as one number for all devices; infinite in a fresh run."""
+    """The lowest validation loss so far, the same number on all devices; infinite in a fresh run."""
     least = math.inf
     if run.devices.is_first:
         best = load_best(checkpoints_of(run.config))
@@ -147,7 +147,7 @@ def best_so_far(run: Run) -> float:
 
 
 def publish(run: Run, dataset: Dataset, weights: dict[str, Tensor]) -> None:
-    """Evaluate what will be served, the best weights or else the last, and write it as a bundle."""
+    """Evaluate the best weights (the last weights if none were saved as best) and write them as a bundle."""
     step, best = run.step_count, load_best(checkpoints_of(run.config))
     if best is not None and best["step"] != step:
         step, weights = best["step"], best["network"]
@@ -165,7 +165,7 @@ def publish(run: Run, dataset: Dataset, weights: dict[str, Tensor]) -> None:
     for name, evaluation in evaluations.items():
         score = evaluation.score
         print(f"{name}: {score.bits_per_byte:.4f} bits/byte, {-score.logprob / score.num_chars:.4f} nats/character")
-    from training.plots import pictures  # matplotlib: a second that only this moment shall cost
+    from training.plots import pictures  # imports matplotlib, which takes a second, so only here
 
     drawn = pictures(read_metrics(folder_of(run.config)), baked, dataset.valid)
     facts = training_facts(run, evaluations, baked, data=dataset.name) | {"weights_of_step": step}
@@ -189,29 +189,29 @@ def save(run: Run) -> None:
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Where the run keeps its record, for good, and its checkpoints: beside the bundle it will write."""
+    """The folder of the run's record, which stays, and of its checkpoints: beside the bundle."""
     return config.out.with_name(config.out.name + ".run")
 
 
 def checkpoints_of(config: RunConfig) -> Path:
-    """Where the run keeps its checkpoints until the bundle is written."""
+    """The folder of the run's checkpoints, which is deleted when the bundle is written."""
     return folder_of(config) / "checkpoints"
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """What must be the same for a run to go on: all that decides its numbers, but its length."""
+    """The settings that must not change when a run resumes: all settings that affect its numbers, except its length."""
     places = {"data": {"path", "cache_dir"}, "optim": {"accumulate", "max_steps", "max_seconds"}}
     parts = {"seed", "dtype", "cache", "model", "data", "tokenizer", "optim"}
     return config.model_dump(mode="json", include=parts, exclude=places)
 
 
 def length(config: RunConfig) -> dict[str, Any]:
-    """The settings that may change when a run goes on: whoever has more time extends it."""
+    """The settings of the length of a run, which may change when it resumes."""
     return {"optim.max_steps": config.optim.max_steps, "optim.max_seconds": config.optim.max_seconds}
 
 
 def valid_nats_per_bit(run: Run, dataset: Dataset) -> float:
-    """Nats per token that make one bit per byte, where a run looks at the validation split."""
+    """Nats per token that equal one bit per byte on the part of the validation split that is used while training."""
     return dataset.nats_per_bit(dataset.valid[: run.config.eval.tokens])
 
 

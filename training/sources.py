@@ -1,6 +1,6 @@
-"""Where the bytes of a corpus come from: a file, packed or not, a folder, or an archive that is downloaded.
+"""The sources of corpora: a file, compressed or not, a folder, or a downloaded archive.
 
-Knows what each published corpus is to the byte, and nothing of splits.
+Knows the sizes and checksums of the published corpora, and no splits.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from training.download import DownloadError, Remote, download
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be had or is not what its name says, and what to do about it."""
+    """A corpus that is unavailable or is not the named corpus; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file of a published corpus, and what is known of it."""
+    """A file of a published corpus, with its size, number of lines and checksum as far as they are known."""
 
     name: str
     size: int | None = None  # bytes
@@ -30,17 +30,18 @@ class Member:
 
 @dataclass(frozen=True)
 class Published:
-    """A corpus as its authors publish it."""
+    """A published corpus: its archive and the files in it."""
 
     archive: Remote  # a zip
-    members: tuple[Member, ...]  # which may lie in any folder of it
+    members: tuple[Member, ...]  # in any folder of the archive
 
 
-# Sizes and sums are those that public loaders state, as the archives could not be fetched where this was written.
-# enwik8, text8: dozens of repositories pin the sha256 of archive and text; sizes as in Hugging Face's data card of
+# Sizes and checksums are from public loaders, because the archives could not be fetched where this was written.
+# enwik8, text8: dozens of repositories state the sha256 of archive and text; sizes are from Hugging Face's data card of
 # enwik8 and TensorFlow's word2vec tutorial. WikiText-103: huggingface/datasets, datasets/wikitext/dataset_infos.json,
-# has size and sha256 of the archive and the numbers of lines (torchtext has the same); the authors' own host,
-# s3.amazonaws.com/research.metamind.io, is gone. Its .tokens files have a sum only in gluon-nlp (sha1), so none here.
+# has size and sha256 of the archive and the numbers of lines (torchtext has the same); the authors' host,
+# s3.amazonaws.com/research.metamind.io, is gone. Only gluon-nlp has checksums of the .tokens files (sha1), so they have
+# none here.
 PUBLISHED = {
     "enwik8": Published(
         Remote(
@@ -78,12 +79,12 @@ PUBLISHED = {
 
 
 def read_published(config: DataConfig) -> list[bytes]:
-    """The members of the corpus `config.name`: from `config.path`, else downloaded into `config.cache_dir`.
+    """The files of the corpus `config.name`: from `config.path`, else downloaded into `config.cache_dir`.
 
-    A path is the archive, a folder with the members anywhere inside, or, where there is one member, that file.
+    The path is the archive, a folder with the files at any depth, or the file itself if the corpus has a single file.
 
     Raises:
-        CorpusError: the download fails, a member is missing, or is not what is published.
+        CorpusError: the download fails, or a file is missing or differs from the published file.
     """
     published = PUBLISHED[config.name]
     path = config.path or _downloaded(config)
@@ -96,10 +97,10 @@ def read_published(config: DataConfig) -> list[bytes]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file, unpacked where its name ends in .xz.
+    """The bytes of a file, decompressed if its name ends in .xz.
 
     Raises:
-        CorpusError: it cannot be read, is damaged or empty.
+        CorpusError: the file cannot be read, is damaged or is empty.
     """
     try:
         content = path.read_bytes()
@@ -131,7 +132,7 @@ def _read_member(path: Path, member: Member, *, alone: bool) -> bytes:
 
 
 def _read_zipped(path: Path, member: Member) -> bytes:
-    """Read one member into memory: nothing of an archive is ever unpacked to the disk."""
+    """Read a file of an archive into memory; nothing is unpacked to the disk."""
     try:
         with zipfile.ZipFile(path) as archive:
             found = [entry for entry in archive.infolist() if PurePosixPath(entry.filename).name == member.name]

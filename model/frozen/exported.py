@@ -1,4 +1,4 @@
-"""The model of an artefact with the steps of `BakedLM`: the graphs compute, this hands them the rings.
+"""The model of an artefact with the steps of `BakedLM`: it hands the rings to the graphs, which compute.
 
 Sizes: B rows, T new tokens, E width, H heads, h heads of a group, S slots, D head size, V vocabulary.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.artefact import Artefact, ArtefactError, Manifest, RingFacts
+from model.backends import AUTO, BACKENDS, LoadOptions
 from model.config import ModelConfig
 from model.frozen.cache import RingCache
 from model.spans import HeadGroup
@@ -19,7 +20,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Graphs(Protocol):
-    """What runs the three graphs of an artefact; see model/artefact.py for what goes in and comes out, in order.
+    """Runs the three graphs of an artefact; model/artefact.py lists their inputs and outputs in order.
 
     Inputs and outputs are on one device; the outputs are fresh, nothing will change them.
     """
@@ -31,19 +32,19 @@ class Graphs(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of inputs and outputs."""
         ...
 
     def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `decode`; of each number of rows the rings are the same tensors in every call."""
+        """Run the graph `decode`; calls with equal numbers of rows pass the same tensors as rings."""
         ...
 
     def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `extend`."""
+        """Run the graph `extend`."""
         ...
 
     def run_logits(self, hidden: Tensor) -> Tensor:
-        """The graph `logits`."""
+        """Run the graph `logits`."""
         ...
 
 
@@ -62,7 +63,7 @@ class ExportedLM:
         self._groups = [list(_groups(layer)) for layer in manifest.rings]
 
     def allocate(self, num_rows: int) -> RingCache:
-        """Rings for a number of live streams, all fresh."""
+        """Returns empty rings for `num_rows` streams."""
         head_size = self.config.head_size
         return RingCache(self._groups, num_rows=num_rows, head_size=head_size, dtype=self.dtype, device=self.device)
 
@@ -90,9 +91,9 @@ class ExportedLM:
 
     @torch.inference_mode()
     def last_logits(self, tokens: Tensor, cache: RingCache, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """What `extend` says of the token after the first `counts` of each row's tokens [B, T]: [B, V] fp32.
+        """Returns the logits after the first `counts` of each row's tokens [B, T]: [B, V] fp32.
 
-        The server computes logits where it needs them; others may be content with these.
+        The server does not call this: it computes logits from hidden states.
         """
         return self._run_extend(tokens, cache, rows, counts)[1]
 
@@ -112,36 +113,35 @@ class ExportedLM:
         return torch.from_numpy(array).to(self.device)
 
 
-def load_exported(
-    artefact: Artefact, *, device: str = "auto", provider: str = "auto", num_threads: int | None = None
-) -> ExportedLM:
-    """Load the graphs of an artefact.
+class LoadGraphs(Protocol):
+    """The loader of a backend that runs artefacts."""
 
-    Args:
-        device: auto, cpu or cuda; auto takes a GPU where there is one that the artefact can run on.
-        provider: of an ONNX artefact, the execution provider: auto (by device), cpu or cuda.
-        num_threads: CPU threads; None = as many as torch uses.
+    def __call__(self, artefact: Artefact, options: LoadOptions) -> Graphs:
+        """Load the graphs. Raises ArtefactError if a graph is wrong, or cannot run as the options say."""
+        ...
+
+
+def load_exported(artefact: Artefact, options: LoadOptions) -> ExportedLM:
+    """Load the graphs of an artefact with the backend that it was made for.
 
     Raises:
-        ArtefactError: a graph cannot be loaded, or not where it is asked for.
+        ArtefactError: a graph cannot be loaded, or cannot run as the options say.
     """
-    kind = artefact.manifest.kind
-    if kind == "onnx":
-        try:
-            from model.frozen.onnx_graphs import OnnxGraphs  # an artefact of another kind needs no onnxruntime
-        except ImportError as error:
-            raise ArtefactError(
-                f"{artefact.path} is an ONNX artefact, and onnxruntime cannot be imported ({error}); "
-                "pip install 'allattn[onnx]'"
-            ) from error
-        graphs: Graphs = OnnxGraphs(artefact, device=device, provider=provider, num_threads=num_threads)
-    else:
-        from model.frozen.torch_graphs import load_torch_graphs
-
-        if provider != "auto":
-            raise ArtefactError(f"provider = {provider!r} is for ONNX artefacts; {artefact.path} is {kind}")
-        graphs = load_torch_graphs(artefact, device=device)
-    return ExportedLM(artefact.bundle.config, artefact.manifest, graphs)
+    backend = BACKENDS[artefact.manifest.kind]
+    if options.provider != AUTO and not backend.has_providers:
+        raise ArtefactError(
+            f"provider = {options.provider!r} is for ONNX artefacts; {artefact.path} is {artefact.manifest.kind}"
+        )
+    try:
+        load: LoadGraphs = backend.import_loader()
+    except ImportError as error:
+        if not backend.package:
+            raise
+        raise ArtefactError(
+            f"{artefact.path} is an artefact for {backend.name}, and {backend.package} cannot be imported ({error}); "
+            f"pip install 'allattn[{backend.extra}]'"
+        ) from error
+    return ExportedLM(artefact.bundle.config, artefact.manifest, load(artefact, options))
 
 
 def _groups(layer: Sequence[RingFacts]) -> Iterator[HeadGroup]:

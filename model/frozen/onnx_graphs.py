@@ -1,6 +1,6 @@
-"""Graphs that ONNX Runtime runs. Rings, inputs and outputs are torch's memory, bound in place: nothing is copied.
+"""The backend `onnx`. Rings, inputs and outputs are torch's memory, bound in place: nothing is copied.
 
-The only file that runs onnxruntime, or its twin for GPUs, which is imported under the same name.
+The only file that imports onnxruntime; its twin for GPUs has the same import name.
 """
 
 from collections.abc import Sequence
@@ -13,38 +13,39 @@ import torch
 from torch import Tensor
 
 from model.artefact import EXPORT_AGAIN, GRAPHS, MODEL_HASH, Artefact, ArtefactError, GraphFacts, GraphName
+from model.backends import LoadOptions
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
-TWINS = ("onnxruntime", "onnxruntime-gpu")  # packages that hold the same files
+TWINS = ("onnxruntime", "onnxruntime-gpu")  # packages that install the same files
 
 
 class OnnxGraphs:
-    """Three sessions."""
+    """The graphs of an artefact, each in a session of ONNX Runtime."""
 
     invariant_rows = 2  # fp32 and int8, from 2 to 33 rows, all were equal bit for bit; a single row has its own kernels
 
-    def __init__(self, artefact: Artefact, *, device: str, provider: str, num_threads: int | None) -> None:
-        """Load an artefact; see `load_exported`. Raises ArtefactError where a graph or the provider cannot be had."""
+    def __init__(self, artefact: Artefact, options: LoadOptions) -> None:
+        """Load an artefact. Raises ArtefactError if a graph is wrong or the provider is missing."""
         check_packages()
-        provider = choose_provider(device=device, provider=provider)
-        threads = num_threads or torch.get_num_threads()
+        provider = choose_provider(device=options.device, provider=options.provider)
+        threads = options.num_threads or torch.get_num_threads()
         self.device = torch.device(provider)
         self._graphs = {
             name: _Graph(artefact, name, provider=provider, num_threads=threads, device=self.device) for name in GRAPHS
         }
 
     def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `decode`. The rings, all but the first two inputs, stay bound from step to step."""
+        """Run the graph `decode`. The rings, all but the first two inputs, stay bound from step to step."""
         return self._graphs["decode"].run(inputs, num_changing=2)
 
     def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `extend`."""
+        """Run the graph `extend`."""
         return self._graphs["extend"].run(inputs)
 
     def run_logits(self, hidden: Tensor) -> Tensor:
-        """The graph `logits`."""
+        """Run the graph `logits`."""
         return self._graphs["logits"].run([hidden.contiguous()])[0]
 
 
@@ -62,7 +63,7 @@ class _Graph:
         self._bindings: dict[tuple[int, ...], ort.IOBinding] = {}
 
     def run(self, inputs: Sequence[Tensor], *, num_changing: int | None = None) -> list[Tensor]:
-        """Compute; the outputs are fresh.
+        """Compute; returns fresh outputs.
 
         Args:
             inputs: in the order of the manifest, each in one piece.
@@ -98,7 +99,7 @@ class _Graph:
 
 
 def check_packages() -> None:
-    """Raises ArtefactError if both twins are installed: the files are those of the one that came last, of either."""
+    """Raises ArtefactError if both packages are installed: each overwrites files of the other."""
     present = [name for name in TWINS if _is_installed(name)]
     if len(present) > 1:
         raise ArtefactError(
@@ -108,7 +109,7 @@ def check_packages() -> None:
 
 
 def choose_provider(*, device: str, provider: str) -> str:
-    """cpu or cuda: what is asked for, or ArtefactError; auto takes CUDA where the session could run there.
+    """Returns cpu or cuda, as asked; auto takes CUDA if it is there. Raises ArtefactError if asked-for CUDA is not.
 
     Args:
         device: auto, cpu or cuda: where rings and drawing are.

@@ -34,7 +34,7 @@ class ServedLM(Protocol):
 
     @property
     def backend(self) -> str:
-        """What computes: torch, torchscript, onnx or pt2."""
+        """The name of the backend that computes it."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""Graphs that torch itself runs: TorchScript in one file, or a package of compiled code (AOTInductor) a graph."""
+"""The backends `torchscript` and `pt2`: one file of TorchScript, or for each graph a package of code (AOTInductor)."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from model.artefact import EXPORT_AGAIN, GRAPHS, MODEL_HASH, Artefact, ArtefactError
+from model.backends import AUTO, LoadOptions
 from model.frozen.served import TORCH_INVARIANT_ROWS
 
 
 class TorchGraphs:
-    """A function a graph, from tensors to tensors."""
+    """A function for each graph, from tensors to tensors."""
 
     invariant_rows = TORCH_INVARIANT_ROWS
 
@@ -22,46 +23,29 @@ class TorchGraphs:
         self._run = run
 
     def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `decode`."""
+        """Run the graph `decode`."""
         outputs: Sequence[Tensor] = self._run["decode"](*inputs)
         return outputs
 
     def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph `extend`."""
+        """Run the graph `extend`."""
         outputs: Sequence[Tensor] = self._run["extend"](*inputs)
         return outputs
 
     def run_logits(self, hidden: Tensor) -> Tensor:
-        """The graph `logits`."""
+        """Run the graph `logits`."""
         outputs = self._run["logits"](hidden)
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
         return logits
 
 
-def load_torch_graphs(artefact: Artefact, *, device: str) -> TorchGraphs:
-    """Load a TorchScript or a pt2 artefact.
-
-    Args:
-        device: auto, cpu or cuda. The graphs run only on the kind of device that they were made on.
+def load_script(artefact: Artefact, options: LoadOptions) -> TorchGraphs:
+    """Load a TorchScript artefact.
 
     Raises:
-        ArtefactError: a file is no such graph, is of another model, or cannot run there.
+        ArtefactError: the file is no such graph, is of another model, or cannot run on the device.
     """
-    made_on = artefact.manifest.device or "cpu"
-    if device not in ("auto", made_on):
-        raise ArtefactError(
-            f"device = {device!r}, but {artefact.path} was made on {made_on!r}; export with --device {device}"
-        )
-    if made_on == "cuda" and not torch.cuda.is_available():
-        raise ArtefactError(
-            f"{artefact.path} was made on 'cuda', and torch sees no CUDA device; export with --device cpu"
-        )
-    place = torch.device(made_on)
-    load = _load_script if artefact.manifest.kind == "torchscript" else _load_packages
-    return TorchGraphs(load(artefact, place), device=place)
-
-
-def _load_script(artefact: Artefact, device: torch.device) -> dict[str, Callable[..., Any]]:
+    device = _device(artefact, options)
     file = artefact.path / artefact.manifest.graphs["decode"].file
     said = {MODEL_HASH: ""}
     try:
@@ -73,10 +57,16 @@ def _load_script(artefact: Artefact, device: torch.device) -> dict[str, Callable
         raise _broken(file, error) from error
     found = said[MODEL_HASH]
     artefact.check_model(file, found.decode() if isinstance(found, bytes) else found)
-    return run
+    return TorchGraphs(run, device=device)
 
 
-def _load_packages(artefact: Artefact, _device: torch.device) -> dict[str, Callable[..., Any]]:
+def load_packages(artefact: Artefact, options: LoadOptions) -> TorchGraphs:
+    """Load a pt2 artefact.
+
+    Raises:
+        ArtefactError: a file is no such graph, is of another model, or cannot run on the device.
+    """
+    device = _device(artefact, options)
     run: dict[str, Callable[..., Any]] = {}
     for name in GRAPHS:
         file = artefact.path / artefact.manifest.graphs[name].file
@@ -86,7 +76,22 @@ def _load_packages(artefact: Artefact, _device: torch.device) -> dict[str, Calla
             raise _broken(file, error) from error
         artefact.check_model(file, package.get_metadata().get(MODEL_HASH, ""))
         run[name] = package
-    return run
+    return TorchGraphs(run, device=device)
+
+
+def _device(artefact: Artefact, options: LoadOptions) -> torch.device:
+    """Returns the device that the graphs were made on, where alone they run. Raises ArtefactError if not allowed."""
+    made_on = artefact.manifest.device or "cpu"
+    if options.device not in (AUTO, made_on):
+        raise ArtefactError(
+            f"device = {options.device!r}, but {artefact.path} was made on {made_on!r}; "
+            f"export with --device {options.device}"
+        )
+    if made_on == "cuda" and not torch.cuda.is_available():
+        raise ArtefactError(
+            f"{artefact.path} was made on 'cuda', and torch sees no CUDA device; export with --device cpu"
+        )
+    return torch.device(made_on)
 
 
 def _broken(file: Path, error: Exception) -> ArtefactError:

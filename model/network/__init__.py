@@ -1,1 +1,1 @@
-"""The network as it is trained."""
+"""The network in its training form."""

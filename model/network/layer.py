@@ -54,64 +54,86 @@ class PersistentAttention(nn.Module):
             reaches: [H], a distance beyond which neither a head's mask nor its gradient differs from zero.
             filled: [B], how many of the L positions exist; None if all do.
         """
-        config = self.config
-        groups, order = group_heads(reaches, max_span=config.max_span)
-        query, key, value = (
-            self._of_heads(one.weight, order) for one in (self.query, self.key, self.value)
-        )  # [H, D, E]
-        fresh = _project(hidden, torch.stack((query / math.sqrt(config.head_size), key, value)))  # [3, H, B, M, D]
-        pairs = torch.stack((key, value))  # [2, H, D, E]
-        persistent = self.persistent_key[order], self.persistent_value[order]
-        mass = span_mask(self.span[order], num_slots=config.max_span, config=config).flip(-1)  # [H, L]
-        outputs = []
+        groups, order = group_heads(reaches, max_span=self.config.max_span)
+        projections = self._projections(order)  # [3, H, D, E]
+        pairs = projections[1:]  # [2, H, D, E]
+        fresh = _project(hidden, projections)  # [3, H, B, M, D], queries, keys and values of the block
+        memory = self.persistent_key[order], self.persistent_value[order]  # [H, N, D] each
+        mass = span_mask(self.span[order], num_slots=self.config.max_span, config=self.config).flip(-1)  # [H, L]
+        outputs = []  # [h, B, M, D] each
         for group, own in zip(groups, torch.split(fresh, [group.num_heads for group in groups], 1), strict=True):
-            window = slice(config.max_span - group.num_slots, None)
+            window = slice(self.config.max_span - group.num_slots, None)  # the last S of the L positions
             before = (
-                self._of_group(past[:, window], order[group.heads])
+                self._cached_pairs(past[:, window], order[group.heads])
                 if cache_keys
                 else _project(past[:, window], pairs[:, group.heads])
             )  # [2, h, B, S, D]
-            newest, *after = own.unbind()  # queries, and keys and values, [h, B, M, D]
-            key, value = (torch.cat(parts, 2) for parts in zip(before.unbind(), after, strict=True))  # [h, B, S + M, D]
-            block = self._persistent_block(*(tensor[group.heads] for tensor in persistent))
-            attend = tiled_attention if hidden.device.type == "cpu" else chunked_attention
-            outputs.append(
-                attend(
-                    newest,
-                    key,
-                    value,
-                    Block(block.key.to(key.dtype), block.value.to(key.dtype)),
-                    position=position[:, window].to(key.dtype),
-                    mass=mass[group.heads, window],
-                    filled=filled,
-                    dropout=config.dropout if self.training else 0.0,
-                )
-            )
-        attended = torch.cat(outputs).permute(1, 2, 0, 3).flatten(2)  # [B, M, E]
-        out = self._of_heads(self.out.weight.mT, order).flatten(0, 1)  # [E, E], a row for each attended number
-        output: Tensor = self.norm(hidden + attended.to(hidden.dtype) @ out)
+            persistent = self._persistent_block(*(tensor[group.heads] for tensor in memory))
+            where, soft = position[:, window], mass[group.heads, window]  # [D, S], [h, S]
+            outputs.append(self._attend(own, before, persistent, position=where, mass=soft, filled=filled))
+        output = self._residual(hidden, torch.cat(outputs), order)
         return output, self._joined(fresh[1:].detach(), order) if cache_keys else hidden.detach()
 
-    def _of_group(self, past: Tensor, heads: Sequence[int]) -> Tensor:
-        """Cached keys and values [B, S, 2 E] of some heads, [2, h, B, S, D]."""
+    def _projections(self, order: Sequence[int]) -> Tensor:
+        """Return the weights of queries (over sqrt(D)), keys and values, [3, H, D, E], heads in `order`."""
+        query, key, value = (self._of_heads(one.weight, order) for one in (self.query, self.key, self.value))
+        return torch.stack((query / math.sqrt(self.config.head_size), key, value))
+
+    def _attend(
+        self, own: Tensor, before: Tensor, persistent: Block, *, position: Tensor, mass: Tensor, filled: Tensor | None
+    ) -> Tensor:
+        """Attend from the block to the window before it, to the block itself and to persistent vectors: [h, B, M, D].
+
+        Args:
+            own: [3, h, B, M, D], queries, keys and values of the block.
+            before: [2, h, B, S, D], keys and values of the window.
+            persistent: keys and values [h, N, D].
+            position: [D, S], the columns of the window.
+            mass: [h, S], the soft masks over the window.
+            filled: as for `forward`.
+        """
+        queries, *after = own.unbind()  # [h, B, M, D], and keys and values of the same shape
+        key, value = (torch.cat(parts, 2) for parts in zip(before.unbind(), after, strict=True))  # [h, B, S + M, D]
+        attend = tiled_attention if own.device.type == "cpu" else chunked_attention
+        return attend(
+            queries,
+            key,
+            value,
+            Block(persistent.key.to(key.dtype), persistent.value.to(key.dtype)),
+            position=position.to(key.dtype),
+            mass=mass,
+            filled=filled,
+            dropout=self.config.dropout if self.training else 0.0,
+        )
+
+    def _residual(self, hidden: Tensor, attended: Tensor, order: Sequence[int]) -> Tensor:
+        """Project what the heads gave, [H, B, M, D] in `order`, add the layer's input and normalise: [B, M, E]."""
+        attended = attended.permute(1, 2, 0, 3).flatten(2)  # [B, M, E]
+        out = self._of_heads(self.out.weight.mT, order).flatten(0, 1)  # [E, E], a row for each attended number
+        output: Tensor = self.norm(hidden + attended.to(hidden.dtype) @ out)
+        return output
+
+    def _cached_pairs(self, past: Tensor, heads: Sequence[int]) -> Tensor:
+        """Return the keys and values of some heads, [2, h, B, S, D], from the cached ones of all, [B, S, 2 E]."""
         config = self.config
         pairs = past.view(*past.shape[:2], 2, config.num_heads, config.head_size)
         return pairs[:, :, :, list(heads)].permute(2, 3, 0, 1, 4)
 
     def _joined(self, pairs: Tensor, order: Sequence[int]) -> Tensor:
-        """Keys and values [2, H, B, M, D], heads in `order`, as [B, M, 2 E], heads in their own."""
+        """Return keys and values [2, H, B, M, D], heads in `order`, as [B, M, 2 E], heads in their own order."""
         own = sorted(range(len(order)), key=lambda place: order[place])
         return pairs[:, own].permute(2, 3, 0, 1, 4).flatten(2)
 
     def _of_heads(self, weight: Tensor, order: Sequence[int]) -> Tensor:
-        """[E, E] -> [H, D, E], the heads in another order."""
+        """Return a weight [E, E] by heads, [H, D, E], in another order."""
         return weight.view(self.config.num_heads, self.config.head_size, -1)[list(order)]
 
     def _persistent_block(self, key: Tensor, value: Tensor) -> Block:
+        """Return persistent vectors [h, N, D] times the factors that their initial values were divided by."""
         return Block(key * math.sqrt(self.config.head_size), value * math.sqrt(self.config.num_persistent))
 
 
 def _project(hidden: Tensor, weights: Tensor) -> Tensor:
-    """[B, T, E] and n weights of h heads [n, h, D, E] -> [n, h, B, T, D]."""
+    """Multiply hidden states [B, T, E] by n weights of h heads [n, h, D, E]: [n, h, B, T, D]."""
     projected = F.linear(hidden, weights.flatten(0, 2))
     return projected.view(*hidden.shape[:2], *weights.shape[:3]).permute(2, 3, 0, 1, 4).contiguous()

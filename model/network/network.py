@@ -1,7 +1,7 @@
-"""The network as it is trained: embedding, attention layers over cached hidden states, output and loss.
+"""The network in its training form: embedding, attention layers over cached hidden states, output and loss.
 
 Sizes: B streams, M tokens of a block, E width, D head size, L maximum span, V vocabulary. Knows no optimizer and no
-data; `model.frozen.baked` turns it into what is served.
+data; `model.frozen.baked` turns it into the model that is served.
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ from model.spans import reach_of_heads
 
 
 class StreamCache(NamedTuple):
-    """What earlier blocks leave behind for the next one; carries no gradient."""
+    """The state that earlier blocks of the streams leave for the next block; carries no gradient."""
 
-    # For each layer, at the L positions before the block, newest last, zero where the stream had not begun: its inputs
-    # [B, L, E], or what they made, keys and values [B, L, 2 E].
+    # For each layer, at the L positions before the block (newest last, zero before the stream began): the inputs of the
+    # layer [B, L, E], or the keys and values computed from them [B, L, 2 E].
     layers: tuple[Tensor, ...]
     filled: Tensor  # [B] int64 on the CPU: how many of the L positions exist
 
@@ -30,7 +30,7 @@ class StreamCache(NamedTuple):
         """Forget the past of the streams where `streams` [B] (bool) is true."""
         if not streams.any():
             return self
-        layers = tuple(one.masked_fill(streams.to(one.device)[:, None, None], 0.0) for one in self.layers)
+        layers = tuple(layer.masked_fill(streams.to(layer.device)[:, None, None], 0.0) for layer in self.layers)
         return StreamCache(layers, self.filled.masked_fill(streams, 0))
 
 
@@ -40,9 +40,9 @@ class AllAttentionLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # compute the inside of each layer again in the backward pass
-        # Keep the keys and values of earlier blocks, not what they are made of: they need not be made again, but are
-        # those of the weights of their time, whose gradient then sees them in their own block only.
+        self.checkpoint_activations = False  # recompute the activations inside each layer in the backward pass
+        # Cache the keys and values of earlier blocks instead of the inputs of the layer: nothing is computed again, but
+        # the keys and values come from older weights, and the projections get no gradient from them.
         self.cache_keys = False
         adaptive = config.embedding == "adaptive"
         self.embedding = AdaptiveEmbedding(config) if adaptive else nn.Embedding(config.vocab_size, config.width)
@@ -53,7 +53,7 @@ class AllAttentionLM(nn.Module):
         self.output = AdaptiveOutput(config) if adaptive else nn.Linear(config.width, config.vocab_size)
 
     def init_cache(self, num_streams: int) -> StreamCache:
-        """The cache of streams that have not begun, in autocast's dtype: that is what layers read it in."""
+        """The cache of fresh streams, in autocast's dtype, because the layers read the cache in that dtype."""
         config, kind = self.config, self.position.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.position.dtype
         size = config.width * (2 if self.cache_keys else 1)
@@ -64,7 +64,7 @@ class AllAttentionLM(nn.Module):
         """Read one block of every stream.
 
         Args:
-            tokens: [B, M] int64, the block that follows what the cache has seen.
+            tokens: [B, M] int64, the block that follows the positions in the cache.
 
         Returns:
             hidden states [B, M, E] for `logits`, and the cache of the next block.
@@ -77,13 +77,13 @@ class AllAttentionLM(nn.Module):
         all_full = config.empty_slots == "zero" or int(cache.filled.min()) >= config.max_span
         filled = None if all_full else cache.filled.to(tokens.device)
         for layer, past, reaches in zip(self.layers, cache.layers, self.reaches(), strict=True):
-            more: dict[str, Any] = {"reaches": reaches, "filled": filled, "cache_keys": self.cache_keys}
+            options: dict[str, Any] = {"reaches": reaches, "filled": filled, "cache_keys": self.cache_keys}
             if self.checkpoint_activations and torch.is_grad_enabled():
-                hidden, new = checkpoint(layer, hidden, past, table, **more, use_reentrant=False)
+                hidden, new = checkpoint(layer, hidden, past, table, **options, use_reentrant=False)
             else:
-                hidden, new = layer(hidden, past, table, **more)
+                hidden, new = layer(hidden, past, table, **options)
             kept.append(torch.cat((past, new.to(past.dtype)), 1)[:, -config.max_span :])
-        hidden = F.dropout(hidden, config.embedding_dropout, self.training)  # what meets embeddings again at the output
+        hidden = F.dropout(hidden, config.embedding_dropout, self.training)  # the input of the output embeddings
         seen = (cache.filled + tokens.shape[1]).clamp(max=config.max_span)
         return hidden, StreamCache(tuple(kept), seen)
 
@@ -96,7 +96,7 @@ class AllAttentionLM(nn.Module):
         return scores
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Nats of the next tokens `targets` [...], summed, from hidden states [..., E]: a scalar, fp32."""
+        """Summed cross-entropy, in nats, of the next tokens `targets` [...] given hidden [..., E]: a scalar, fp32."""
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
         if isinstance(self.output, AdaptiveOutput):
             return self.output.loss(hidden, self._tables, targets)
@@ -104,12 +104,12 @@ class AllAttentionLM(nn.Module):
 
     @property
     def _tables(self) -> list[Tensor]:
-        """What adaptive input and output share."""
+        """The tables that adaptive input and adaptive softmax share."""
         assert isinstance(self.embedding, AdaptiveEmbedding)
         return self.embedding.weights
 
     def reaches(self) -> list[list[int]]:
-        """For each layer and head, a distance beyond which its mask and the gradient of the mask are zero."""
+        """For each layer and head, a distance beyond which the mask of the head and the mask's gradient are zero."""
         spans = torch.stack([layer.span.detach() for layer in self.layers]).tolist()
         beyond = [reach_of_heads(layer, config=self.config) for layer in spans]
         return [[min(self.config.max_span, reach + 1) for reach in layer] for layer in beyond]
@@ -120,6 +120,6 @@ class AllAttentionLM(nn.Module):
 
     @torch.no_grad()
     def clamp_spans(self) -> None:
-        """Bring every z back to [0, 1]; to be called after each update."""
+        """Clamp every z to [0, 1]; call it after each update."""
         for layer in self.layers:
             layer.span.clamp_(0, 1)

@@ -1,1 +1,1 @@
-"""From logits to drawn tokens: parameters, penalties, filters, the draw."""
+"""From logits to drawn tokens: sampling parameters, penalties, filters and the draw."""

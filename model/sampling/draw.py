@@ -1,10 +1,10 @@
-"""What is read off the logits: drawn tokens, whose noise depends on (seed, position) only, and log-probabilities.
+"""Drawn tokens and log-probabilities from logits. The noise of a draw depends only on (seed, position).
 
-Host work (`Draws`) and device work (`draw`) are apart; no Python loop over lines, and nothing waits for the device.
-What a line gets depends, bit for bit, on nothing but itself: log_softmax works line by line, where logsumexp changes
-its order of summation with the size of the batch.
+Host work (`Draws`) and device work (`draw`) are separate; no Python loop runs over lines, and nothing waits for the
+device. A line is the logits of one sequence in a batch. The results of a line depend, bit for bit, on that line only:
+log_softmax sums each line in the same order, whereas logsumexp changes its order with the size of the batch.
 
-Sizes: B lines of a batch, b of them drawn at random, V vocabulary, n best tokens.
+Sizes: B lines of a batch, b lines that are drawn at random, V vocabulary, n best tokens.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ from model.sampling.filters import FILTERS, Filter, exact_sum, pick, to_weights
 from model.sampling.params import SamplingParams
 from model.sampling.penalties import History, Penalties
 
-COLDEST = 1e-20  # of the temperatures above 0: a colder one would change no draw, but overflow
-# A line of scores over 267,735 words is 1 MB, and some steps keep many copies: they take as many lines as fit at once.
+COLDEST = 1e-20  # lowest temperature above 0: a lower temperature would change no draw, but overflow
+# Logits of one line over 267,735 words are 1 MB, and some steps need many copies: they work on as many lines as fit.
 SCRATCH_BYTES = {"cpu": 2**26, "cuda": 2**30}
-BYTES_TO_SCORE = 24  # for each score of a line: logits, log-probabilities and what `_best` or `_entropy` keeps
-BYTES_TO_DRAW = 96  # fixed-point weights, their copies in order, and the double precision of typical_p
+BYTES_TO_SCORE = 24  # a logit: logits, log-probabilities and the temporaries of `_best` or `_entropy`
+BYTES_TO_DRAW = 96  # a logit: fixed-point weights, their sorted copies, and the doubles of typical_p
 
 
 class Drawn(NamedTuple):
-    """Drawn tokens. Log-probabilities are under softmax(logits): temperature 1, nothing cut, nothing penalised."""
+    """Drawn tokens. Log-probabilities are log softmax(logits): temperature 1, no filter, no penalty."""
 
     tokens: Tensor  # [B] int64
     logprobs: Tensor  # [B] fp32; not finite where a line's logits are not
-    top_ids: Tensor | None  # [B, n] int64, the best first; n = the largest `num_top`, None if it is 0
+    top_ids: Tensor | None  # [B, n] int64, the best first; n is the largest `num_top`; None if n is 0
     top_logprobs: Tensor | None  # [B, n] fp32
 
 
 class Scored(NamedTuple):
-    """Figures of given tokens; None where not asked for."""
+    """Log-probabilities and ranks of given tokens; the other fields are None unless requested."""
 
     logprobs: Tensor  # [...] fp32, nats
     ranks: Tensor  # [...] int64, 0 = the most probable
@@ -45,47 +45,51 @@ class Scored(NamedTuple):
 
 
 class RandomLines:
-    """Lines of a batch that are drawn at random, together."""
+    """Lines of a batch that are drawn at random together, and their sampling parameters as tensors."""
 
     def __init__(self, samplings: Sequence[SamplingParams], lines: Sequence[int], device: torch.device | str) -> None:
-        own = [samplings[line] for line in lines]
+        params = [samplings[line] for line in lines]
         self.places = list(lines)
         self.lines = torch.tensor(self.places, dtype=torch.int64, device=device)  # [b]
-        self.seeds = np.array([one.seed for one in own], dtype=np.uint64)  # [b]
-        self.temperature = _column([max(one.temperature, COLDEST) for one in own], torch.float32, device)  # [b, 1]
-        self.filters = _filters(own, device)
+        self.seeds = np.array([param.seed for param in params], dtype=np.uint64)  # [b]
+        self.temperature = _column(
+            [max(param.temperature, COLDEST) for param in params], torch.float32, device
+        )  # [b, 1]
+        self.filters = _filters(params, device)
 
     def draw(self, scores: Tensor, positions: Sequence[int]) -> Tensor:
         """Tokens [b] from the scores [B, V] and positions [B] of the whole batch."""
         probabilities = torch.softmax(scores[self.lines] / self.temperature, -1)  # [b, V]
         weights = to_weights(probabilities)
-        for one in self.filters:
-            one.apply(weights)
+        for token_filter in self.filters:
+            token_filter.apply(weights)
         uniform = uniform_noise(self.seeds, np.asarray(positions)[self.places])
         return pick(weights, torch.from_numpy(uniform).to(scores.device))
 
 
 class Draws:
-    """How the lines of a batch are drawn. Prepared once per batch composition, used for many steps."""
+    """The sampling parameters of a batch, prepared once per batch composition and used for many steps."""
 
     def __init__(self, samplings: Sequence[SamplingParams], *, device: torch.device | str = "cpu") -> None:
         self.penalties = Penalties(samplings, device=device)
-        self.num_top = max((one.num_top for one in samplings), default=0)
+        self.num_top = max((params.num_top for params in samplings), default=0)
         self._samplings, self._device = list(samplings), device
-        self._random = [line for line, one in enumerate(samplings) if one.temperature > 0]  # the others are greedy
+        self._random = [
+            line for line, params in enumerate(samplings) if params.temperature > 0
+        ]  # the other lines are greedy
         self._groups: dict[int, list[RandomLines]] = {}
 
     def groups(self, size: int) -> list[RandomLines]:
-        """The lines that are drawn at random, `size` at a time."""
+        """The lines that are drawn at random, in groups of `size`."""
         if size not in self._groups:
             starts = range(0, len(self._random), size)
-            some = [self._random[start : start + size] for start in starts]
-            self._groups[size] = [RandomLines(self._samplings, lines, self._device) for lines in some]
+            groups = [self._random[start : start + size] for start in starts]
+            self._groups[size] = [RandomLines(self._samplings, lines, self._device) for lines in groups]
         return self._groups[size]
 
     @property
     def penalised(self) -> bool:
-        """Whether some line must know what occurred in its row."""
+        """Whether some line needs the history of its row."""
         return self.penalties.penalised
 
 
@@ -98,16 +102,17 @@ def draw(
     history: History | None = None,
     rows: Sequence[int] = (),
 ) -> Drawn:
-    """Draw one token a line: the best where greedy, else from the cumulative distribution at one uniform number.
+    """Draw one token a line: the most probable token if greedy, else by inverting the cumulative distribution.
 
-    In this order: repetition, frequency and presence penalties, bias, bans of end tokens; then for greedy lines the
-    best (the first of equals), for the others temperature, top_k, top_p, typical_p, min_p, each on what is left.
+    The order is: repetition, frequency and presence penalties, bias, bans of end tokens; then for greedy lines the
+    largest score (of equal scores the first), for other lines temperature, top_k, top_p, typical_p and min_p, each
+    applied to the tokens that the filters before it kept.
 
     Args:
         logits: [B, V] fp32.
-        positions: the number of tokens before the drawn one, for each line.
-        num_generated: of those, the generated ones.
-        history, rows: what occurred, and the row of each line in it; needed where a line is penalised.
+        positions: for each line, the number of tokens before the drawn token.
+        num_generated: for each line, how many of these tokens were generated.
+        history, rows: the tokens that occurred, and the row of each line in `history`; required if a line is penalised.
     """
     scores = draws.penalties.apply(logits, num_generated=num_generated, history=history, rows=rows)
     tokens = scores.argmax(-1)
@@ -121,22 +126,22 @@ def draw(
 
 
 def score_targets(logits: Tensor, targets: Tensor, *, num_top: int = 0, entropy: bool = False) -> Scored:
-    """Log-probabilities and ranks of given tokens; beside them the best tokens, and the entropy of the distribution.
+    """Log-probabilities and ranks of given tokens; on request also the best tokens and the entropy.
 
     Args:
         logits: [..., V] fp32.
         targets: [...] int64.
     """
     logprobs = logits.log_softmax(-1)  # [..., V]
-    own = logprobs.gather(-1, targets[..., None])[..., 0]
+    target_logprobs = logprobs.gather(-1, targets[..., None])[..., 0]
     ranks = (logits > logits.gather(-1, targets[..., None])).sum(-1)
     top_ids = _best(logits, num_top) if num_top else None
     top_logprobs = logprobs.gather(-1, top_ids) if top_ids is not None else None
-    return Scored(own, ranks, top_ids, top_logprobs, _entropy(logprobs) if entropy else None)
+    return Scored(target_logprobs, ranks, top_ids, top_logprobs, _entropy(logprobs) if entropy else None)
 
 
 def join_scored(parts: Sequence[Scored]) -> Scored:
-    """Figures of stretches that follow one another as those of one."""
+    """Concatenate the scores of consecutive parts of a text."""
     if len(parts) == 1:
         return parts[0]
     logprobs, ranks, top_ids, top_logprobs, entropies = zip(*parts, strict=True)
@@ -144,13 +149,13 @@ def join_scored(parts: Sequence[Scored]) -> Scored:
 
 
 def lines_at_once(vocab_size: int, *, bytes_per_score: int, device: torch.device, least: int = 1) -> int:
-    """How many lines of scores to work on at a time, a power of two: as many as SCRATCH_BYTES allow, but `least`."""
+    """How many lines to work on at a time: the largest power of two that SCRATCH_BYTES allows, at least `least`."""
     fitting = SCRATCH_BYTES[device.type] // (bytes_per_score * vocab_size)
     return max(least, 1 << max(0, fitting.bit_length() - 1))
 
 
 def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1), a pure function of (seed, position): SplitMix64 (Steele et al. 2014) applied to both in turn.
+    """Uniform numbers in [0, 1) from (seed, position): SplitMix64 (Steele et al. 2014) applied to both in turn.
 
     Args:
         seeds: [B] uint64.
@@ -173,11 +178,12 @@ def _splitmix(state: np.ndarray) -> np.ndarray:
 
 
 def _filters(samplings: Sequence[SamplingParams], device: torch.device | str) -> list[Filter]:
-    """The filters that some line uses, in the order of their application."""
+    """The filters that at least one line uses, in the order of application."""
     filters = []
     for kind in FILTERS:
         off = getattr(SamplingParams, kind.parameter)
-        used = {line: value for line, one in enumerate(samplings) if (value := getattr(one, kind.parameter)) != off}
+        in_line = [getattr(params, kind.parameter) for params in samplings]
+        used = {line: value for line, value in enumerate(in_line) if value != off}
         if used:
             values = list(used.values())
             lines, column = torch.tensor(list(used), device=device), _column(values, kind.dtype, device)
@@ -186,9 +192,9 @@ def _filters(samplings: Sequence[SamplingParams], device: torch.device | str) ->
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """None where none was asked for."""
-    asked = [part for part in parts if part is not None]
-    return torch.cat(asked) if asked else None
+    """The parts concatenated; None if the parts are None."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -196,20 +202,21 @@ def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device | 
 
 
 def _best(logits: Tensor, num: int) -> Tensor:
-    """The tokens of the largest logits, the best and of equals the first first, [..., min(num, V)] int64.
+    """The tokens of the largest logits, the best first, equal logits by ascending token, [..., min(num, V)] int64.
 
-    topk alone leaves open which of equals it takes, and with bf16 weights equals are common. So logit and token are
-    packed into one integer; read as integers, the bits of floats are in order once those of negative ones are flipped.
+    topk does not define its order among equal values, and equal logits are common with bf16 weights. Therefore the
+    logit and the token are packed into one integer; the bits of floats, read as integers, are in the order of the
+    floats once the bits of negative floats are flipped.
     """
     vocab_size = logits.shape[-1]
     size = lines_at_once(vocab_size, bytes_per_score=BYTES_TO_SCORE, device=logits.device)
-    best = [_best_of_some(lines, num) for lines in torch.split(logits.reshape(-1, vocab_size), size)]
+    best = [_best_of_lines(lines, num) for lines in torch.split(logits.reshape(-1, vocab_size), size)]
     return torch.cat(best).view(*logits.shape[:-1], min(num, vocab_size))
 
 
-def _best_of_some(logits: Tensor, num: int) -> Tensor:
+def _best_of_lines(logits: Tensor, num: int) -> Tensor:
     last = logits.shape[-1] - 1
-    bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes one zero of two
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
     packed = bits.long().bitwise_left_shift_(32)
     packed |= torch.arange(last, -1, -1, device=logits.device)
@@ -218,6 +225,6 @@ def _best_of_some(logits: Tensor, num: int) -> Tensor:
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    """Of distributions [..., V] in nats, [...] fp32; NaN where they hold NaN."""
-    terms = -logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0, not NaN, where impossible
+    """The entropy of distributions [..., V] in nats, [...] fp32; NaN if a distribution holds NaN."""
+    terms = -logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0, not NaN, for impossible tokens
     return torch.where(logprobs[..., 0].isnan(), torch.nan, exact_sum(terms)).float()

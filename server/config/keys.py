@@ -1,4 +1,4 @@
-"""API keys: what one looks like and how a file lists them. No message here ever holds a key."""
+"""API keys: the form of a key, and the file that lists keys. No message of this module ever holds a key."""
 
 import stat
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ RULE = f"a key has at least {MIN_KEY_CHARS} visible ASCII characters"
 
 
 def split_keys(text: str) -> list[str]:
-    """The keys of an environment variable, which has commas between them. Raises ValueError where there are none."""
+    """Returns the keys of an environment variable, split at its commas. Raises ValueError if it holds none."""
     keys = [part.strip() for part in text.split(",") if part.strip()]
     if not keys:
         raise ValueError(f"it names no key and would leave the server open; {RULE}")
@@ -19,17 +19,17 @@ def split_keys(text: str) -> list[str]:
 
 
 def check_keys(keys: Sequence[SecretStr]) -> None:
-    """Raises ValueError, which tells the place of the wrong key."""
+    """Check the form of each key. Raises ValueError, which tells the place of the first wrong key."""
     for number, key in enumerate(keys, start=1):
         if not _is_key(key.get_secret_value()):
             raise ValueError(f"key {number} of {len(keys)}: {RULE}")
 
 
 def read_key_file(path: Path) -> tuple[SecretStr, ...]:
-    """One key a line; blank lines and those that begin with # are skipped.
+    """Returns the keys of a file, which has one on each line; blank lines and comments (#) are skipped.
 
     Raises:
-        ValueError: the file cannot be read, or holds no key or a wrong one; the message tells the line.
+        ValueError: the file cannot be read, holds no key, or holds a wrong key; the message tells the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
@@ -46,7 +46,7 @@ def read_key_file(path: Path) -> tuple[SecretStr, ...]:
 
 
 def others_can_read(path: Path) -> bool:
-    """Whether every user of the machine can."""
+    """Returns whether every user of the machine can read a file."""
     return bool(path.stat().st_mode & stat.S_IROTH)
 
 

@@ -1,70 +1,21 @@
-"""The server's settings: one frozen object, filled from a TOML file, the environment and flags; the later ones win.
+"""The server's settings: the one place where each is declared, with its default and range.
 
-Knows no default of a request; those are in schemas.py.
+Knows neither flags nor files; those are in sources.py.
 """
 
-import argparse
-import json
-import sys
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, field_validator
 
+from server.config.engine_options import EngineOptions
 from server.config.keys import check_keys, read_key_file, split_keys
 
-ENV_PREFIX = "ALLATTN_"
-CONFIG_FLAG, CONFIG_ENV = "--config", ENV_PREFIX + "CONFIG"
-PRINT_FLAG = "--print-config"
-SECRET = "api_keys"  # has no flag, and its value is never shown
-EPILOG = f"""\
-Each flag has a twin in the environment ({ENV_PREFIX}PORT for --port) and in the TOML file (port).
-API keys can also be given in the environment ({ENV_PREFIX}API_KEYS, with commas between them) or in the
-TOML file (api_keys, a list). There is no --api-keys: every user of a machine can read the arguments of
-its processes.
-"""
 
+class Settings(EngineOptions):
+    """All settings of `python -m server`."""
 
-class ConfigError(ValueError):
-    """A setting is unknown or cannot be used; one line says which, where it came from and what is allowed."""
-
-
-class Settings(BaseModel):
-    """Everything one can say to `python -m server`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
-
-    bundle: Path = Field(default=Path("bundles/default"), description="directory of the model: a bundle or an artefact")
-    backend: Literal["auto", "torch", "torchscript", "onnx", "pt2"] = Field(
-        default="auto",
-        description="what computes; auto is torch for a bundle, and for an artefact what it was made for",
-    )
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    num_rows: int = Field(default=32, ge=1, description="sequences that are computed at the same time")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="number format of a bundle's weights and state; an artefact has its own"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
-    provider: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="execution provider of an ONNX artefact; auto goes with the device"
-    )
-    num_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of the engine; as torch chooses if not set"
-    )
-    batch_invariant: bool = Field(
-        default=True, description="compute at least 4 rows, so that on a CPU neighbours never change a request's bits"
-    )
-    chunk_tokens: int = Field(default=64, ge=1, description="prompt tokens that one row reads at a time")
-    budget_tokens: int = Field(
-        default=1024, ge=1, description="most prompt tokens all rows read in a step; one chunk is always read"
-    )
-    prefill_ms: float = Field(
-        default=10, ge=0, description="most milliseconds of reading prompts in a step while others generate, likewise"
-    )
     max_waiting: int = Field(default=256, ge=0, description="sequences that may wait for a row; more are refused (429)")
     max_waiting_tokens: int = Field(
         default=8 << 20, ge=1, description="prompt tokens that may wait to be read; more are refused (429)"
@@ -112,162 +63,5 @@ class Settings(BaseModel):
         return path
 
     def all_api_keys(self) -> tuple[SecretStr, ...]:
-        """Those of api_keys and of api_key_file. Raises ValueError where the file has changed for the worse."""
+        """The keys of api_keys and of api_key_file. Raises ValueError if the file has become unusable."""
         return self.api_keys + (read_key_file(self.api_key_file) if self.api_key_file else ())
-
-
-def load_settings(argv: Sequence[str], *, environ: Mapping[str, str]) -> Settings:
-    """Settings from flags, else environment variables, else the TOML file that --config or ALLATTN_CONFIG names.
-
-    Raises:
-        ConfigError: an unknown flag, variable or key, a wrong type or value, or a file that cannot be read.
-    """
-    return _load(_flags(argv), environ=environ).settings
-
-
-def wants_print_config(argv: Sequence[str]) -> bool:
-    """Whether --print-config is among the flags. Raises ConfigError for an unknown one."""
-    return PRINT_FLAG in _flags(argv)
-
-
-def describe_settings(argv: Sequence[str], *, environ: Mapping[str, str]) -> str:
-    """What `load_settings` returns, as TOML for --config, each line with the place that it comes from.
-
-    API keys are only counted. Raises ConfigError as `load_settings` does.
-    """
-    loaded = _load(_flags(argv), environ=environ)
-    return "".join(
-        f"{_assignment(name, getattr(loaded.settings, name))}  # {_comment(loaded.origins.get(name, 'default'))}\n"
-        for name in Settings.model_fields
-    )
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    settings: Settings
-    origins: Mapping[str, str]  # where each setting that is not a default comes from, in words
-
-
-def _flags(argv: Sequence[str]) -> dict[str, Any]:
-    """What the command line sets, by setting; --config and --print-config are under their own spelling."""
-    found, unknown = _parser().parse_known_args(argv)
-    if unknown:
-        # a value is not repeated, it may be a key
-        name = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-        if name == _flag(SECRET):
-            raise ConfigError(
-                f"{name} would show the keys to every user; use {_flag('api_key_file')} or {_env(SECRET)}"
-            )
-        raise ConfigError(f"{name} is not a flag; there are: {', '.join(_flag_names())}")
-    return {name: value for name, value in vars(found).items() if value is not None}
-
-
-def _load(flags: Mapping[str, Any], *, environ: Mapping[str, str]) -> _Loaded:
-    variables = {
-        name.removeprefix(ENV_PREFIX).lower(): value
-        for name, value in environ.items()
-        if name.startswith(ENV_PREFIX) and name != CONFIG_ENV
-    }
-    settings = {name: value for name, value in flags.items() if name not in (CONFIG_FLAG, PRINT_FLAG)}
-    path = flags.get(CONFIG_FLAG) or environ.get(CONFIG_ENV)
-    keys = _read_toml(Path(path)) if path else {}
-    origins = {
-        **{key: f"{path}: {key}" for key in keys},
-        **{name: _env(name) for name in variables},
-        **{name: _flag(name) for name in settings},
-    }
-    try:
-        return _Loaded(Settings.model_validate({**keys, **variables, **settings}), origins=origins)
-    except ValidationError as error:
-        raise ConfigError(_one_line(error, origins=origins)) from None
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _env(name: str) -> str:
-    return ENV_PREFIX + name.upper()
-
-
-def _flag_names() -> list[str]:
-    return [*(_flag(name) for name in Settings.model_fields if name != SECRET), CONFIG_FLAG, PRINT_FLAG, "--help"]
-
-
-def _one_line(error: ValidationError, *, origins: Mapping[str, str]) -> str:
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
-        return f"{origins[name]} is not a setting; there are: {', '.join(Settings.model_fields)}"
-    value = "" if name == SECRET else f" = {first['input']!r}"
-    return f"{origins[name]}{value}: {first['msg'].removeprefix('Value error, ')}"
-
-
-def _assignment(name: str, value: Any) -> str:
-    """A line of TOML, or a comment where there is nothing to write or to show."""
-    if name == SECRET:
-        return f"# {name}: {len(value)}, not shown" if value else f"# {name} is not set"
-    if value is None:
-        return f"# {name} is not set"
-    if isinstance(value, bool):
-        return f"{name} = {str(value).lower()}"
-    if isinstance(value, int | float):
-        return f"{name} = {value!r}"
-    # TOML has the escapes of JSON, and wants one more character escaped
-    return f"{name} = {json.dumps(str(value), ensure_ascii=False)}".replace("\x7f", "\\u007f")
-
-
-def _comment(text: str) -> str:
-    """On one line, whatever the name of a file may be."""
-    return "".join(char if char.isprintable() else "?" for char in text)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # not TOML, or not text
-        raise ConfigError(f"{path}: {error}") from None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists every flag)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    """One flag per setting, all of them texts; `Settings` alone knows types and ranges."""
-    parser = _Parser(
-        prog=sys.argv[0] if sys.argv[0].startswith("allattn ") else "python -m server",
-        description="Serve the model of a bundle over HTTP.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        CONFIG_FLAG, dest=CONFIG_FLAG, metavar="FILE", help=f"TOML file with settings; also {CONFIG_ENV}"
-    )
-    parser.add_argument(
-        PRINT_FLAG,
-        dest=PRINT_FLAG,
-        action="store_const",
-        const=True,
-        help=f"print the settings in effect, as a file for {CONFIG_FLAG}, and end",
-    )
-    for name, field in Settings.model_fields.items():
-        if name != SECRET:
-            default = {"None": "not set", "True": "true", "False": "false"}.get(str(field.default), field.default)
-            parser.add_argument(
-                _flag(name), metavar=_metavar(name, field.annotation), help=f"{field.description} [{default}]"
-            )
-    return parser
-
-
-def _metavar(name: str, annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
-    if name.endswith(("_s", "_ms")):
-        return "SECONDS" if name.endswith("_s") else "MILLISECONDS"
-    kinds = {int: "N", int | None: "N", bool: "true|false", Path: "DIR", Path | None: "FILE"}
-    return kinds.get(annotation, "TEXT")

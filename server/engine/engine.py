@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from server.config import EngineOptions
 from server.engine.scheduler import Plan, Reading, Scheduler
 from server.engine.sequence import ChunkResult, ChunkScores, Drawn, Phase, Runner, Sequence
 from server.protocol.messages import Ended, EngineFinish, Generate, Score, Scores, Step, Token
@@ -31,19 +32,12 @@ class Engine:
     """Continuous batching over the rows of a runner."""
 
     def __init__(
-        self,
-        runner: Runner,
-        *,
-        chunk_tokens: int = 64,
-        budget_tokens: int = 1024,
-        prefill_ms: float = 10.0,
-        clock: Callable[[], float] = time.perf_counter,
+        self, runner: Runner, options: EngineOptions, *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        """budget_tokens: read by all rows in a step; prefill_ms: of a step's reading while others generate."""
         self._runner = runner
-        self._scheduler = Scheduler(num_rows=runner.num_rows, chunk_tokens=chunk_tokens)
-        self._budget_tokens = budget_tokens
-        self._prefill_s = prefill_ms / 1e3
+        self._scheduler = Scheduler(num_rows=runner.num_rows, chunk_tokens=options.chunk_tokens)
+        self._budget_tokens = options.budget_tokens
+        self._prefill_s = options.prefill_ms / 1e3
         self._clock = clock
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, str]] = []  # a heap; may name sequences that have ended

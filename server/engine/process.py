@@ -1,8 +1,8 @@
-"""The engine's own process: load, warm up, say Ready, then turn messages into steps until told, or left, to end.
+"""The engine process: it loads the model, warms up, sends Ready, then takes messages and computes steps until its end.
 
-Started by `server.link.child` as `python -m server.engine.process FD PARENT OPTIONS`: the inherited end of the
-pipe, the process id of the API process, and an `EngineOptions` as JSON. It never outlives the API process, whatever it
-is doing.
+`server.link.child` starts it as `python -m server.engine.process FD PARENT RUNNER OPTIONS`: the inherited end of the
+pipe, the process id of the API process, the function that makes the runner as module:function, and an `EngineOptions`
+as JSON. The process never outlives the API process, whatever it is doing.
 """
 
 import contextlib
@@ -15,31 +15,22 @@ import socket
 import sys
 import time
 
-import msgspec
 import numpy as np
 
+from model.bundle import BundleError
 from model.sampling.params import SamplingParams
+from server.config import EngineOptions
 from server.engine.engine import Engine
 from server.engine.pipe import EngineEnd
 from server.engine.sequence import Runner
 from server.protocol.frames import End, Heard
-from server.protocol.messages import (
-    AskedToEnd,
-    Cancel,
-    Died,
-    EngineOptions,
-    FromEngine,
-    Generate,
-    Heartbeat,
-    Ready,
-    Score,
-)
+from server.protocol.messages import AskedToEnd, Cancel, Died, FromEngine, Generate, Heartbeat, Ready, Score
 from server.runtime import log_to_stderr, settle_garbage
 
-HEARTBEAT_S = 0.5  # at least so often the process says that its loop turns
+HEARTBEAT_S = 0.5  # the longest silence of a process whose loop turns
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-# Above that of the API process: it has little to do, and whoever waits for it waits for a stream or a refusal.
+# Nicer than the API process, which has little to compute and whose delay every client feels.
 ENGINE_NICENESS = 5
 
 log = logging.getLogger("server.engine.process")  # __name__ is __main__ here
@@ -48,16 +39,18 @@ log = logging.getLogger("server.engine.process")  # __name__ is __main__ here
 class EngineProcess:
     """The loop around an `Engine` and its pipe."""
 
-    def __init__(self, options: EngineOptions, *, pipe: EngineEnd) -> None:
+    def __init__(self, make_runner: str, options: EngineOptions, *, pipe: EngineEnd) -> None:
+        """make_runner: module:function, which takes the options and returns a `Runner`."""
+        self._make_runner = make_runner
         self._options = options
         self._pipe = pipe
         self._asked_to_end = False  # by the API process
-        self._was_told = False  # that a signal came
+        self._was_told = False  # the API process knows of the signal
         self._last_said = time.monotonic()
         self.has_signal = False  # set by a handler
 
     def run(self) -> int:
-        """Serve until the end; the exit status."""
+        """Serve until the end; returns the exit status."""
         try:
             engine = self._start()
             while not self._asked_to_end:
@@ -65,29 +58,26 @@ class EngineProcess:
                 self._tell_of_signal()
             self._say(engine.shutdown())
             return 0
-        except Exception as error:  # whatever it is, the API process must hear of it, and this process is done
+        except BundleError as error:
+            self._say(Died(str(error), blames_model=True))
+            return 1
+        except Exception as error:  # of any kind: the API process must know, and this process is done
             log.exception("the engine process fails")
-            self._say(Died(f"{type(error).__name__}: {error}"))  # the last thing: it is killed for it
+            self._say(Died(f"{type(error).__name__}: {error}"))  # the last message: the API process then kills this one
             return 1
 
     def _start(self) -> Engine:
-        options = self._options
-        runner = _load(options)
+        runner = _load(self._make_runner, self._options)
         begun = time.monotonic()
-        batch_invariant = runner.warm_up(options.chunk_tokens)
-        engine = Engine(
-            runner,
-            chunk_tokens=options.chunk_tokens,
-            budget_tokens=options.budget_tokens,
-            prefill_ms=options.prefill_ms,
-        )
+        facts = runner.warm_up()
+        engine = Engine(runner, self._options)
         warm_up(engine)
         settle_garbage()
-        self._say(ready(runner, batch_invariant=batch_invariant, warm_up_s=time.monotonic() - begun))
+        self._say(Ready(os.getpid(), facts, warm_up_s=time.monotonic() - begun))
         return engine
 
     def _turn(self, engine: Engine) -> None:
-        """Hear all there is to hear, waiting for it only where there is nothing to do; then one step."""
+        """Take all messages, waiting only if there is nothing to compute; then compute one step."""
         for message in self._pipe.take(0 if engine.has_work else HEARTBEAT_S):
             self._hear(engine, message)
         if engine.has_work:
@@ -114,25 +104,17 @@ class EngineProcess:
         self._last_said = time.monotonic()
 
 
-def _load(options: EngineOptions) -> Runner:
-    module, _, factory = options.runner.partition(":")
+def _load(make_runner: str, options: EngineOptions) -> Runner:
+    module, _, factory = make_runner.partition(":")
     make = importlib.import_module(module)
     for name in factory.split("."):
         make = getattr(make, name)
-    runner: Runner = make(  # type: ignore[operator]
-        options.bundle,
-        num_rows=options.num_rows,
-        dtype=options.dtype,
-        device=options.device,
-        provider=options.provider,
-        num_threads=options.num_threads,
-        batch_invariant=options.batch_invariant,
-    )
+    runner: Runner = make(options)  # type: ignore[operator]
     return runner
 
 
 def warm_up(engine: Engine) -> None:
-    """Run real steps of each kind, so that readiness means that they work."""
+    """Run real steps of each kind, so that a ready engine is one whose steps work."""
     tokens = np.ones(2, dtype="<i4").tobytes()
     engine.submit(Generate("warm-up greedy", tokens, SamplingParams(temperature=0), 3))
     engine.submit(Generate("warm-up drawn", tokens, SamplingParams(temperature=1), 3))
@@ -143,43 +125,27 @@ def warm_up(engine: Engine) -> None:
                 raise RuntimeError(f"the model does not work: {ended.error}")
 
 
-def ready(runner: Runner, *, batch_invariant: bool, warm_up_s: float) -> Ready:
-    """The facts of a runner that works."""
-    return Ready(
-        pid=os.getpid(),
-        backend=runner.backend,
-        device=runner.device,
-        dtype=runner.dtype,
-        weights=runner.weights,
-        num_rows=runner.num_rows,
-        state_bytes_per_row=runner.state_bytes_per_row,
-        batch_invariant=batch_invariant,
-        spans=runner.spans,
-        warm_up_s=warm_up_s,
-    )
-
-
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when the parent is gone, even while it is stopped or hangs in a library.
+    """Let the kernel kill this process when the parent is gone, even if this process is stopped or hangs in a library.
 
-    Linux only; elsewhere the end of the pipe alone ends it, as soon as it runs.
+    On other systems than Linux the process ends when it next reads its pipe.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # the parent was gone before the call above
         os._exit(1)
 
 
 def main(argv: list[str]) -> int:
     """Run the engine that `argv` describes; returns the exit status."""
     os.nice(ENGINE_NICENESS)
-    descriptor, parent, options = argv
+    descriptor, parent, make_runner, options = argv
     die_with(int(parent))
     log_to_stderr()
     end = socket.socket(fileno=int(descriptor))
     end.set_inheritable(False)
-    process = EngineProcess(msgspec.json.decode(options, type=EngineOptions), pipe=EngineEnd(end))
+    process = EngineProcess(make_runner, EngineOptions.model_validate_json(options), pipe=EngineEnd(end))
     # Signals of a terminal or a service manager go to both processes, and the API process decides; it hears of one that
     # came here. Handlers and not SIG_IGN, which the processes of a compiler that torch may start would inherit.
     signal.signal(signal.SIGINT, lambda *_: None)

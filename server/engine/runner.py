@@ -1,105 +1,47 @@
 """The only torch in the server: a model and its rings behind the protocol that the engine drives."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.artefact import is_artefact, open_artefact
-from model.bundle import open_bundle
-from model.frozen.baked import load_baked
-from model.frozen.exported import load_exported
+from model.frozen.loading import load_model
 from model.frozen.served import ServedLM, score_positions
 from model.sampling.draw import Draws, draw
 from model.sampling.params import SamplingParams
 from model.sampling.penalties import History
+from server.config import EngineOptions
 from server.engine.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from server.protocol.messages import EngineFacts
 
 
 class ModelRunner:
-    """Runs a model. Rows are lanes of one `RingCache`; decoding touches rows 0 .. the highest in use."""
+    """Runs a model. Its rows are those of one `RingCache`; a decode step computes rows 0 .. the highest in use."""
 
-    def __init__(self, model: ServedLM, *, num_rows: int, batch_invariant: bool = True) -> None:
-        self.num_rows = num_rows
+    def __init__(self, model: ServedLM, options: EngineOptions) -> None:
+        self.num_rows = options.num_rows
         self.model = model
-        self._min_rows = model.invariant_rows if batch_invariant else 1
-        self._batch_invariant = batch_invariant
+        self._chunk_tokens = options.chunk_tokens
+        self._batch_invariant = options.batch_invariant
+        self._min_rows = model.invariant_rows if options.batch_invariant else 1
         self._reads_together = True
-        self.cache = model.allocate(max(num_rows, self._min_rows))
-        self.history = History(max(num_rows, self._min_rows), model.config.vocab_size, device=model.device)
+        self.cache = model.allocate(max(self.num_rows, self._min_rows))
+        self.history = History(max(self.num_rows, self._min_rows), model.config.vocab_size, device=model.device)
         self._prepared: tuple[list[SamplingParams], Draws] | None = None
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        *,
-        num_rows: int,
-        dtype: str = "float32",
-        device: str = "auto",
-        provider: str = "auto",
-        num_threads: int | None = None,
-        batch_invariant: bool = True,
-    ) -> Self:
+    def load(cls, options: EngineOptions) -> Self:
         """Load a bundle or an artefact.
-
-        Args:
-            dtype: float32 or bfloat16, of a bundle's weights and rings; an artefact has its own.
-            device: auto, cpu or cuda; auto takes a GPU where there is one.
-            provider: auto, cpu or cuda: the execution provider of an ONNX artefact.
-            num_threads: CPU threads; None = as many as cores.
-            batch_invariant: never compute fewer than the model's `invariant_rows`.
 
         Raises:
             BundleError: the bundle or artefact is not whole, or cannot be run as asked.
             ValueError: CUDA is asked for where there is none.
         """
-        if num_threads:
-            torch.set_num_threads(num_threads)
-        if is_artefact(path):
-            exported = load_exported(open_artefact(path), device=device, provider=provider, num_threads=num_threads)
-            return cls(exported, num_rows=num_rows, batch_invariant=batch_invariant)
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device = 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_baked(open_bundle(path), dtype=DTYPES[dtype], device=device)
-        return cls(model, num_rows=num_rows, batch_invariant=batch_invariant)
-
-    @property
-    def backend(self) -> str:
-        """What computes."""
-        return self.model.backend
-
-    @property
-    def device(self) -> str:
-        """Where the model runs."""
-        return str(self.model.device)
-
-    @property
-    def dtype(self) -> str:
-        """What rings are kept in."""
-        return str(self.model.dtype).removeprefix("torch.")
-
-    @property
-    def weights(self) -> str:
-        """How they are kept."""
-        return self.model.weights
-
-    @property
-    def state_bytes_per_row(self) -> int:
-        """Bytes a live stream costs, whatever its length."""
-        return self.cache.bytes_per_row + self.history.bytes_per_row
-
-    @property
-    def spans(self) -> tuple[tuple[int, ...], ...]:
-        """How far each head of each layer looks back, in tokens."""
-        return tuple(map(tuple, self.model.spans))
+        if options.num_threads:
+            torch.set_num_threads(options.num_threads)
+        return cls(load_model(options.bundle, options), options)
 
     def reset(self, row: int) -> None:
         """Begin a fresh stream in a row."""
@@ -112,7 +54,7 @@ class ModelRunner:
         self.history.move(source, target)
 
     def snapshot(self, row: int) -> object:
-        """A copy of a row's whole state."""
+        """Returns a copy of a row's whole state."""
         return self.cache.snapshot(row), self.history.snapshot(row)
 
     def restore(self, row: int, snapshot: object) -> None:
@@ -129,14 +71,11 @@ class ModelRunner:
         logits.cpu()
 
     @torch.inference_mode()
-    def warm_up(self, chunk_tokens: int) -> bool:
+    def warm_up(self) -> EngineFacts:
         """Decode at every batch size, and read every padded length with one row, with two and with all.
 
-        Nothing is committed, so every row stays as it was. Where reading together is seen to change a row's bits on a
-        CPU, rows are read one by one from now on, if they shall not depend on each other.
-
-        Returns:
-            whether a full batch gives row 0, bit for bit, what it gets alone.
+        Nothing is committed, so every row stays as it was. If reading together changes a row's bits on a CPU and rows
+        shall not depend on each other, the runner reads rows one by one from now on.
         """
         sampling = SamplingParams(temperature=1.0, seed=1)
         decoded = []
@@ -144,14 +83,27 @@ class ModelRunner:
             logits, _ = self._step(range(count), [1] * count)
             self._draw(logits, Draws([sampling] * count, device=self.model.device), [Draw(sampling, 1, 1)] * count)
             decoded.append(logits[0].clone())
-        lengths = sorted({_padded(size) for size in range(1, chunk_tokens + 1)})
-        alike = [self._reads_alike(num_new) for num_new in lengths]  # each of them once, whatever comes out
+        lengths = sorted({_padded(size) for size in range(1, self._chunk_tokens + 1)})
+        alike = [self._reads_alike(num_new) for num_new in lengths]  # a list: every length has to run once
         read_alike = all(alike)
         self._reads_together = read_alike or not self._batch_invariant or self.model.device.type != "cpu"
-        return (read_alike or not self._reads_together) and all(torch.equal(logits, decoded[0]) for logits in decoded)
+        decode_alike = all(torch.equal(logits, decoded[0]) for logits in decoded)
+        return self._facts(batch_invariant=(read_alike or not self._reads_together) and decode_alike)
+
+    def _facts(self, *, batch_invariant: bool) -> EngineFacts:
+        return EngineFacts(
+            backend=self.model.backend,
+            device=str(self.model.device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            weights=self.model.weights,
+            num_rows=self.num_rows,
+            state_bytes_per_row=self.cache.bytes_per_row + self.history.bytes_per_row,
+            batch_invariant=batch_invariant,
+            spans=tuple(map(tuple, self.model.spans)),
+        )
 
     def _reads_alike(self, num_new: int) -> bool:
-        """Whether a stretch of so many tokens has the same bits alone, beside one other, and in a full batch."""
+        """Returns whether `num_new` tokens give the same bits alone, beside one other row, and in a full batch."""
         tokens = np.arange(num_new, dtype=np.int32) % self.model.config.vocab_size
         found = []
         for count in sorted({1, min(2, self.num_rows), self.num_rows}):
@@ -162,7 +114,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def extend(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
-        """Read stretches of prompts and documents, one a row; draw or score where a chunk asks for it.
+        """Read chunks of prompts and documents, one for each row; draw or score if the chunk asks for it.
 
         Chunks that are padded to one length are read together, unless that could change their numbers. The length
         depends on the chunk alone, and so do the numbers that come out.
@@ -181,13 +133,13 @@ class ModelRunner:
             for place, i in enumerate(indices):
                 scores = self._score(some[place], hidden[place], None if shares is None else shares[place])
                 results[i] = ChunkResult(drawn[place], scores)
-        for rows, new, counts in commits:  # not before everything has worked
+        for rows, new, counts in commits:  # only after all of it has worked
             self.cache.commit(rows, new, counts)
         return [results[i] for i in range(len(chunks))]
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]) -> list[Drawn]:
-        """One step of the rows that generate: feed each its last token, draw the next, in the order of `rows`."""
+        """Feed each row that generates its last token and draw the next; returns the draws in the order of `rows`."""
         logits, new = self._step(rows, tokens)
         num_fed = len(logits)
         if list(rows) != list(range(num_fed)):
@@ -202,13 +154,13 @@ class ModelRunner:
         return drawn
 
     def _step(self, rows: Sequence[int], tokens: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, V] and new keys and values of rows 0 .. the highest; the idle ones are fed anything."""
+        """Returns logits [B, V] and new keys and values of rows 0 .. the highest; idle rows are fed token 0."""
         fed = np.zeros(max(max(rows) + 1, self._min_rows), dtype=np.int64)
         fed[list(rows)] = tokens
         return self.model.decode(self._to_device(fed), self.cache)
 
     def _stretch(self, chunks: Sequence[Chunk], *, num_new: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Hidden states [B, T, E], new keys and values, and shares of attention on persistent vectors if asked for."""
+        """Returns hidden states [B, T, E], new keys and values, and persistent shares of attention if asked for."""
         rows = [chunk.row for chunk in chunks]
         tokens = np.zeros((len(chunks), num_new), dtype=np.int64)
         for line, chunk in zip(tokens, chunks, strict=True):
@@ -220,7 +172,7 @@ class ModelRunner:
     def _draw_fed(
         self, logits: Tensor, prepared: Draws, draws: Sequence[Draw], rows: Sequence[int], fed: Sequence[int]
     ) -> list[Drawn]:
-        """Draw in rows whose last token, just `fed`, counts for penalties; not so if drawing fails."""
+        """Count each row's `fed` token for its penalties, then draw; if drawing fails, the tokens are not counted."""
         if not prepared.penalised:
             return self._draw(logits, prepared, draws)
         places, tokens = self._to_device(np.array(rows, dtype=np.int64)), self._to_device(np.array(fed, dtype=np.int64))
@@ -232,7 +184,7 @@ class ModelRunner:
             raise
 
     def _draw(self, logits: Tensor, prepared: Draws, draws: Sequence[Draw], rows: Sequence[int] = ()) -> list[Drawn]:
-        """One object for each line of the logits [B, V]; the only place where the host waits for the device."""
+        """Returns a token for each line of the logits [B, V]; the only place where the host waits for the device."""
         batch = draw(
             logits,
             prepared,
@@ -249,7 +201,7 @@ class ModelRunner:
         return list(map(Drawn, tokens, logprobs, tops))
 
     def _draw_ends(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[tuple[Drawn, ...]]:
-        """For each chunk, what is drawn after its last token; nothing where its prompt goes on."""
+        """Returns for each chunk the tokens drawn after its last one; none if the prompt goes on."""
         for chunk in chunks:
             if chunk.penalised:  # marking twice does no harm
                 self.history.read(chunk.row, self._to_device(chunk.tokens.astype(np.int64)))
@@ -266,7 +218,7 @@ class ModelRunner:
         return [tuple(next(drawn) for _ in chunk.draws) for chunk in chunks]
 
     def _score(self, chunk: Chunk, hidden: Tensor, shares: Tensor | None) -> ChunkScores | None:
-        """Figures of the targets of a chunk from its hidden states [T, E] and shares [T, layers]."""
+        """Returns the scores of a chunk's targets from its hidden states [T, E] and shares [T, layers]."""
         if chunk.targets is None:
             return None
         count = len(chunk.targets)
@@ -286,7 +238,7 @@ class ModelRunner:
 
 
 def _padded(num_tokens: int) -> int:
-    """The length a chunk is computed at: few shapes to warm up, and all that batch invariance needs."""
+    """Returns the length that a chunk is padded to: few lengths to warm up, each of which is batch-invariant."""
     return next((size for size in (4, 8) if num_tokens <= size), -(-num_tokens // 16) * 16)
 
 
@@ -295,5 +247,5 @@ def _numpy(tensor: Tensor | None) -> np.ndarray | None:
 
 
 def _same(left: Sequence[SamplingParams], right: Sequence[SamplingParams]) -> bool:
-    """Whether both hold the very same objects, which is what one batch composition over many steps means."""
+    """Return whether both hold the very same objects, as they do while the rows of a batch stay the same."""
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from model.sampling.params import SamplingParams
-from server.protocol.messages import Extras, Generate, Score, Timings
+from server.protocol.messages import EngineFacts, Extras, Generate, Score, Timings
 
 NO_EXTRAS = Extras()
 Top = tuple[tuple[int, float], ...]  # the most probable tokens and their log-probabilities, best first
@@ -81,38 +81,8 @@ class Runner(Protocol):
         """How many sequences can live at a time."""
         ...
 
-    @property
-    def backend(self) -> str:
-        """What computes."""
-        ...
-
-    @property
-    def device(self) -> str:
-        """Where it computes."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """What state is kept in."""
-        ...
-
-    @property
-    def weights(self) -> str:
-        """What weights are kept in."""
-        ...
-
-    @property
-    def state_bytes_per_row(self) -> int:
-        """Bytes a live sequence costs."""
-        ...
-
-    @property
-    def spans(self) -> tuple[tuple[int, ...], ...]:
-        """How far each head of each layer looks back, in tokens."""
-        ...
-
-    def warm_up(self, chunk_tokens: int) -> bool:
-        """Run the shapes there are; whether a full batch gave a row, bit for bit, what it got alone."""
+    def warm_up(self) -> EngineFacts:
+        """Run every shape there is once; returns what the runner then knows of itself."""
         ...
 
     def reset(self, row: int) -> None:

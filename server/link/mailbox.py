@@ -11,10 +11,10 @@ _NO_TIMINGS = Timings(0.0, 0.0, 0.0)
 
 
 class Stream:
-    """The messages of one sequence, in order, the last of which is its one Ended. For a single consumer.
+    """The messages of one sequence in order; the last one is its Ended. Has a single consumer.
 
-    Not a queue: the consumer takes all that is there at once, so that it does more per turn the further it is behind.
-    One that has left more than `max_behind` messages unread loses them and gets an error for an ending instead.
+    This is not a queue: the consumer takes all messages at once, and so does more in a turn the further it is behind. A
+    consumer that leaves more than `max_behind` messages unread loses them; its ending is then an error.
     """
 
     def __init__(self, *, max_behind: int) -> None:
@@ -22,10 +22,10 @@ class Stream:
         self._unread: list[Message] = []
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Sink | None = None
-        self._complete = False  # the ending is there
+        self._complete = False  # it holds, or has given, its ending
 
     def put(self, message: Message) -> bool:
-        """Hand on what the engine said. False where nothing more is wanted: it is complete, or has just overflowed."""
+        """Add a message. Returns False if the stream takes no more: it is complete, or has just overflowed."""
         if self._complete:
             return False
         if self._sink is not None and self._pour(self._sink, message):
@@ -41,23 +41,22 @@ class Stream:
         return not overflowed
 
     def wake(self) -> None:
-        """Let the consumer go on, whatever it waits for here."""
+        """Let the consumer go on, whether it waits in `take` or in `pour`."""
         self._sink = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def take(self) -> list[Message]:
-        """All that is there, at least one message. Not to be called after the ending has been taken."""
+        """Returns all messages that are there, at least one. Must not be called after it has returned the ending."""
         while not self._unread:
             await self._arrival()
         messages, self._unread = self._unread, []
         return messages
 
     async def pour(self, sink: Sink) -> None:
-        """Give each token to `sink` in the very turn in which it comes: no task is woken for it, which costs the most.
+        """Call `sink` with each token in the very turn in which it comes, without waking a task, which costs the most.
 
-        Returns once something else is there, or a token that the sink did not take, or at `wake`; raises what the sink
-        raises.
+        Returns at another message, at a token that the sink refuses, or at `wake`. Raises what the sink raises.
         """
         if not self._unread:
             self._sink = sink
@@ -67,7 +66,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Message:
-        """One message at a time; for those who can afford it."""
+        """Returns one message; slower than `take`."""
         while not self._unread:
             if self._complete:
                 raise StopAsyncIteration
@@ -77,7 +76,7 @@ class Stream:
     def _pour(self, sink: Sink, message: Message) -> bool:
         try:
             return isinstance(message, Token) and sink(message)
-        except Exception as error:  # the consumer's; whoever puts has nothing to do with it
+        except Exception as error:  # it is the consumer's, not the caller's
             self._sink = None
             assert self._waiter is not None
             if not self._waiter.done():
@@ -85,7 +84,7 @@ class Stream:
             return True
 
     def _arrival(self) -> asyncio.Future[None]:
-        """Done once there is something; a future and not a coroutine, for it is waited for once a token."""
+        """Returns a future that is done at the next message; a coroutine would cost more, once a token."""
         assert not self._complete, "nothing comes after the ending"
         assert self._waiter is None or self._waiter.done(), "a stream has one consumer"
         self._waiter = asyncio.get_running_loop().create_future()
@@ -93,5 +92,5 @@ class Stream:
 
 
 def untimed_ending(sequence: str, finish_reason: EngineFinish, *, error: str = "") -> Ended:
-    """An ending that does not come from the engine, which alone knows the timings."""
+    """Return an ending without timings, which only the engine knows."""
     return Ended(sequence, finish_reason, _NO_TIMINGS, error)

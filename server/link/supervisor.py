@@ -1,11 +1,10 @@
-"""The API process's line to the engine: the streams of its sequences, and the supervision of its process.
+"""The API process's link to the engine: it supervises the engine process and has a stream for each sequence.
 
 Whatever happens to the engine, every submitted sequence gets exactly one Ended. Knows no HTTP and no torch.
 """
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 
@@ -14,11 +13,10 @@ from server.link.child import Child
 from server.link.mailbox import Stream, untimed_ending
 from server.protocol.frames import End
 from server.protocol.messages import (
-    LOAD_MODEL,
     AskedToEnd,
     Cancel,
+    Died,
     EngineFinish,
-    EngineOptions,
     FromEngine,
     Generate,
     LinkState,
@@ -31,8 +29,10 @@ from server.protocol.messages import (
 
 __all__ = ["EngineLink", "Stream"]
 
+LOAD_MODEL = "server.engine.runner:ModelRunner.load"
+LOGGED_FACTS = ("device", "dtype", "state_bytes_per_row", "state_bytes", "batch_invariant")
 WATCH_S = 0.1
-EXIT_S = 1.5  # an engine that was told to end and has not by then is killed
+EXIT_S = 1.5  # an engine that was told to end and is still there after so long is killed
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.1, 2.0
 RESTART_SLACK_S = 60.0  # a restart that takes so much longer than twice the first start counts as a hang
 
@@ -40,7 +40,7 @@ log = logging.getLogger("server.link.supervisor")
 
 
 class EngineLink:
-    """At most one engine process at a time, and the sequences that live in it.
+    """Runs one engine process at a time, and knows the sequences that live in it.
 
     starting -> ready -> draining, when `close` is called; ready -> restarting -> ready, when the process dies or hangs;
     failed, when the first start fails or the restarts of a while are used up.
@@ -49,23 +49,24 @@ class EngineLink:
     def __init__(
         self, settings: Settings, *, runner: str = LOAD_MODEL, restart_slack_s: float = RESTART_SLACK_S
     ) -> None:
-        """runner: module:factory of the runner that the engine process shall build."""
+        """runner: module:function that makes the engine process's runner of its options."""
         self.state: LinkState = "starting"
         self.ready: Ready | None = None  # of the newest process that has been ready
-        self.failure = ""  # the last one
+        self.failure = ""  # the newest one
+        self.blames_model = False  # the failure is that the model's files are wrong
         self.restarts = 0
         self.num_waiting = self.tokens_waiting = self.rows_used = 0
-        self.asked_to_end = False  # by a signal to the engine process, in place of one to this process
+        self.asked_to_end = False  # a signal to the engine process meant this process
         self.on_step: Callable[[Step], None] | None = None
         self._settings = settings
         self._runner = runner
         self._streams: dict[str, Stream] = {}
         self._child: Child | None = None  # the newest process
-        self._takes_work = False  # it is ready, and neither dead nor hung as far as we know
-        self._closing = False  # an end of the process is no failure any more
+        self._takes_work = False  # it is ready, and not known to be dead or hung
+        self._closing = False  # from now on the end of the process is no failure
         self._supervisor: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()  # ready, failed or closed
-        self._restarted: list[float] = []  # when, within the window
+        self._restarted: list[float] = []  # times of the restarts within the window
         self._restart_slack_s = restart_slack_s
         self._first_start_s = 0.0
         self._begun = self._heard = self._stepped = time.monotonic()
@@ -81,7 +82,7 @@ class EngineLink:
         return time.monotonic() - self._stepped
 
     async def start(self) -> None:
-        """Start the engine process, unless closed before; returns once it is ready or has failed, see `state`."""
+        """Start the engine process, unless the link is closed; returns once `state` is ready or failed."""
         if self._closing:
             return
         self._begun = time.monotonic()
@@ -89,9 +90,9 @@ class EngineLink:
         await self._settled.wait()
 
     def submit(self, message: Generate | Score) -> list[Stream]:
-        """Start sequences, one for each of the message's ids; a stream's last message is its one Ended, come what may.
+        """Start a sequence for each of the message's ids; the last message of every stream is its one Ended.
 
-        While there is no engine that takes work they end at once with an error.
+        While no engine takes work, the sequences end at once with an error.
         """
         streams = {name: Stream(max_behind=self._settings.max_behind) for name in message.ids}
         assert len(streams) == len(message.ids)
@@ -106,15 +107,15 @@ class EngineLink:
         return list(streams.values())
 
     def cancel(self, sequence: str) -> None:
-        """Free the row of a sequence; nothing happens where it has ended."""
+        """Free the row of a sequence, unless the sequence has ended."""
         if sequence in self._streams:
             assert self._child is not None
             self._child.send(Cancel(sequence))
 
     async def close(self, grace_s: float) -> None:
-        """Take nothing new, let live work end by itself for `grace_s`, end the rest with "shutdown", end the process.
+        """Refuse new work, wait `grace_s` for live work, end the rest with "shutdown", and end the process.
 
-        The engine has as long again, but not longer than EXIT_S, to tell of those endings itself, with timings.
+        The engine gets up to `grace_s` again, at most EXIT_S, to send those endings itself, with timings.
         """
         if self.state != "failed":
             self.state = "draining"
@@ -134,7 +135,7 @@ class EngineLink:
         self._settled.set()
 
     async def _supervise(self) -> None:
-        """One engine process after the other, for as long as another try is worth it."""
+        """Run one engine process after the other until the link is closed or has failed."""
         while True:
             await self._run_engine()
             if self.state != "restarting":
@@ -142,12 +143,12 @@ class EngineLink:
             await asyncio.sleep(min(FIRST_BACK_OFF_S * 2 ** (len(self._restarted) - 1), LONGEST_BACK_OFF_S))
 
     async def _run_engine(self) -> None:
-        """One process, to its end."""
+        """Run one process to its end."""
         self._begun = time.monotonic()
         try:
-            self._child = child = await Child.start(self._options(), hear=self._hear)
+            self._child = child = await Child.start(self._settings, make_runner=self._runner, hear=self._hear)
         except Exception as error:  # the system has no room for it, most likely
-            self._fail(f"the engine process cannot be started: {type(error).__name__}: {error}")
+            self._fail(Died(f"the engine process cannot be started: {type(error).__name__}: {error}"))
             return
         try:
             why = await self._watch(child)
@@ -159,28 +160,11 @@ class EngineLink:
             child.kill()
             await child.gone()
 
-    def _options(self) -> EngineOptions:
-        settings = self._settings
-        return EngineOptions(
-            bundle=os.fspath(settings.bundle),
-            backend=settings.backend,
-            num_rows=settings.num_rows,
-            dtype=settings.dtype,
-            device=settings.device,
-            provider=settings.provider,
-            num_threads=settings.num_threads,
-            batch_invariant=settings.batch_invariant,
-            chunk_tokens=settings.chunk_tokens,
-            budget_tokens=settings.budget_tokens,
-            prefill_ms=settings.prefill_ms,
-            runner=self._runner,
-        )
+    async def _watch(self, child: Child) -> Died:
+        """Wait until the process is of no use any more: it is gone, silent though work is pending, or a restart hangs.
 
-    async def _watch(self, child: Child) -> str:
-        """Why the process is of no use any more: it is gone, silent though work is pending, or a restart hangs.
-
-        Silence is counted in turns of this loop, not by the clock: where the loop itself was held up, messages only
-        wait to be read.
+        Silence is counted in turns of this loop, not by the clock: if the loop itself was held up, messages only wait
+        to be read.
         """
         heard, silent_s = self._heard, 0.0
         while True:
@@ -191,9 +175,9 @@ class EngineLink:
             silent_s = silent_s + WATCH_S if counts and self._heard == heard else 0.0
             heard = self._heard
             if self._takes_work and silent_s > self._settings.heartbeat_timeout_s:
-                return f"the engine process has been silent for {silent_s:.1f} s"
+                return Died(f"the engine process has been silent for {silent_s:.1f} s")
             if not self._takes_work and silent_s > 2 * self._first_start_s + self._restart_slack_s:
-                return f"the engine process has not become ready within {silent_s:.0f} s"
+                return Died(f"the engine process has not become ready within {silent_s:.0f} s")
 
     def _hear(self, message: FromEngine) -> None:
         self._heard = time.monotonic()
@@ -205,7 +189,7 @@ class EngineLink:
             self.asked_to_end = True
 
     def _dispatch(self, step: Step) -> None:
-        """The hot path: hand on all that one step has to say."""
+        """Hand the messages of one step to their streams: the hot path."""
         self._stepped = self._heard
         self.rows_used, self.num_waiting, self.tokens_waiting = step.rows_used, step.num_waiting, step.tokens_waiting
         streams = self._streams
@@ -223,29 +207,26 @@ class EngineLink:
 
     def _welcome(self, ready: Ready) -> None:
         self._first_start_s = self._first_start_s or self._heard - self._begun
-        self._stepped = self._heard  # it says so after real steps
+        self._stepped = self._heard  # the engine has computed steps before it says that it is ready
         self.ready = ready
         if self.state != "draining":
             self.state, self._takes_work = "ready", True
         self._settled.set()
-        facts = {
+        facts = ready.facts.as_dict()
+        fields = {
             "pid": ready.pid,
-            "device": ready.device,
-            "dtype": ready.dtype,
-            "rows": ready.num_rows,
-            "state_bytes_per_row": ready.state_bytes_per_row,
-            "state_bytes": ready.state_bytes_per_row * ready.num_rows,
-            "batch_invariant": ready.batch_invariant,
+            "rows": ready.facts.num_rows,
+            **{name: facts[name] for name in LOGGED_FACTS},
             "warm_up_s": round(ready.warm_up_s, 3),
             "restarts": self.restarts,
         }
-        log.info("engine ready", extra={"fields": facts})
+        log.info("engine ready", extra={"fields": fields})
 
-    def _fail(self, why: str) -> None:
-        """End what the process leaves, and decide what comes next. A draining link tries nothing new."""
+    def _fail(self, why: Died) -> None:
+        """End the sequences of a dead process, and decide what comes next. A draining link tries nothing new."""
         now = time.monotonic()
         self._restarted = [moment for moment in self._restarted if now - moment < self._settings.restart_window_s]
-        self.failure = why
+        self.failure, self.blames_model = why.message, why.blames_model
         if self.state != "draining":
             if self.ready is None or len(self._restarted) >= self._settings.max_restarts:
                 self.state = "failed"
@@ -253,9 +234,9 @@ class EngineLink:
                 self.state = "restarting"
                 self.restarts += 1
                 self._restarted.append(now)
-        facts = {"why": why, "sequences": len(self._streams), "state": self.state, "restarts": self.restarts}
+        facts = {"why": self.failure, "sequences": len(self._streams), "state": self.state, "restarts": self.restarts}
         log.warning("engine failed", extra={"fields": facts})
-        self._end_streams("error", error=why)
+        self._end_streams("error", error=self.failure)
         if self.state == "failed":
             self._settled.set()
 

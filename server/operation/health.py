@@ -1,4 +1,4 @@
-"""GET /health and its probes, and GET /info: what is served, by what, within which limits."""
+"""GET /health with its probes, GET /info (the model, the engine, the limits) and GET /model/spans."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from server.dialects.generate.schema import Parameters
 from server.dialects.sampling import MAX_STOP_CHARS
 from server.errors import Starting
 from server.protocol.json import encode
-from server.protocol.messages import LinkState, Ready
+from server.protocol.messages import LinkState
 from server.requests.service import Service
 from server.runtime import package_version
 from server.web import openapi
@@ -25,11 +25,11 @@ LIMITS = (
     "max_body_bytes",
     "max_behind",
     "timeout_s",
-)  # settings that clients meet
+)  # settings that a client's request can run into
 
 
 class EngineHealth(Struct, frozen=True):
-    """Is the engine's loop turning."""
+    """The engine process and its last signs of life."""
 
     pid: int | None
     heartbeat_age_s: float | None
@@ -38,28 +38,28 @@ class EngineHealth(Struct, frozen=True):
 
 
 class RowsHealth(Struct, frozen=True):
-    """Lanes of the batch."""
+    """Used and free rows of the batch."""
 
     used: int
     free: int
 
 
 class QueueHealth(Struct, frozen=True):
-    """What waits for a row."""
+    """Sequences that wait for a row."""
 
     requests: int  # sequences
     tokens: int  # prompt tokens that are still to be read
 
 
 class ModelHealth(Struct, frozen=True):
-    """Which model."""
+    """The served model."""
 
     name: str
     hash: str
 
 
 class HealthReply(Struct, frozen=True):
-    """GET /health."""
+    """The answer to GET /health."""
 
     state: LinkState
     failure: str
@@ -128,7 +128,7 @@ def _health(service: Service) -> HealthReply:
 
 
 def _finite(seconds: float) -> float | None:
-    """None before the first heartbeat or step."""
+    """Returns None instead of infinity, which stands for no heartbeat or step yet."""
     return seconds if math.isfinite(seconds) else None
 
 
@@ -148,7 +148,7 @@ def _info(service: Service) -> dict[str, Any]:
             "training": bundle.training,
             "card": bundle.card,
         },
-        "engine": None if ready is None else _engine_facts(ready),
+        "engine": None if ready is None else ready.facts.as_dict(),
         "limits": {
             "max_inputs": service.admission.max_sequences,
             "max_stop_chars": MAX_STOP_CHARS,
@@ -161,22 +161,8 @@ def _info(service: Service) -> dict[str, Any]:
     }
 
 
-def _engine_facts(ready: Ready) -> dict[str, Any]:
-    return {
-        "backend": ready.backend,
-        "device": ready.device,
-        "dtype": ready.dtype,
-        "weights": ready.weights,
-        "num_rows": ready.num_rows,
-        "state_bytes_per_row": ready.state_bytes_per_row,
-        "state_bytes": ready.num_rows * ready.state_bytes_per_row,
-        "batch_invariant": ready.batch_invariant,
-        "spans": ready.spans,
-    }
-
-
 def _spans(service: Service) -> dict[str, Any]:
-    """How far each head looks back, for a picture."""
+    """Returns how far each head looks back, for a picture."""
     config, ready = service.bundle.config, service.link.ready
     if ready is None:
         raise service.unavailable() or Starting("the model is being loaded")
@@ -186,8 +172,8 @@ def _spans(service: Service) -> dict[str, Any]:
         "num_layers": config.num_layers,
         "num_heads": config.num_heads,
         "num_persistent": config.num_persistent,
-        "spans": ready.spans,
-        "state_bytes_per_row": ready.state_bytes_per_row,
+        "spans": ready.facts.spans,
+        "state_bytes_per_row": ready.facts.state_bytes_per_row,
     }
 
 

@@ -1,7 +1,7 @@
 """What stands before Ray Serve's proxy: an answer whose replica is gone still ends as every failure. Knows no Ray.
 
-Ray Serve puts it there where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=server.ray_proxy:middlewares is set; without it
-such an answer is cut off.
+Ray Serve puts it there if the environment has RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH with the value
+server.operation.ray_proxy:middlewares. Without it such an answer is cut off.
 """
 
 import uuid

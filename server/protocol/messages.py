@@ -3,7 +3,7 @@
 Arrays travel as raw little-endian bytes (`array` of the named type), so that a long document costs one copy.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,24 +15,6 @@ FinishReason = Literal[
 EngineFinish = Literal[FinishReason, "scored", "error"]  # of a sequence; the engine knows no stop strings
 LinkState = Literal["starting", "ready", "draining", "restarting", "failed"]  # of the line between the two processes
 TOKEN_BYTES = 4  # of an int32
-LOAD_MODEL = "server.engine.runner:ModelRunner.load"
-
-
-class EngineOptions(msgspec.Struct, frozen=True):
-    """What the API process tells the engine process at its start."""
-
-    bundle: str  # or an artefact
-    backend: str
-    num_rows: int
-    dtype: str
-    device: str
-    provider: str
-    num_threads: int | None  # None leaves it to torch
-    batch_invariant: bool
-    chunk_tokens: int
-    budget_tokens: int
-    prefill_ms: float
-    runner: str = LOAD_MODEL  # module:factory
 
 
 class Extras(msgspec.Struct, frozen=True):
@@ -151,18 +133,33 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     tokens_waiting: int = 0  # that are still to be read, of all sequences
 
 
-class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The engine has loaded the model and run real steps of every shape."""
+class EngineFacts(msgspec.Struct, frozen=True):
+    """What a runner that has warmed up knows of itself; GET /info and the log tell these facts under these names."""
 
-    pid: int
     backend: str
     device: str
-    dtype: str  # of state
-    weights: str  # how they are kept
+    dtype: str  # of the state of rows
+    weights: str  # number format in which they are kept
     num_rows: int
     state_bytes_per_row: int
     batch_invariant: bool  # whether a batch was seen to give each row, bit for bit, what it gets alone
     spans: tuple[tuple[int, ...], ...]  # how far each head of each layer looks back, in tokens
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that all rows cost."""
+        return self.num_rows * self.state_bytes_per_row
+
+    def as_dict(self) -> dict[str, Any]:
+        """All facts by name, with `state_bytes`."""
+        return {**msgspec.structs.asdict(self), "state_bytes": self.state_bytes}
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The engine has loaded the model and run real steps of every shape."""
+
+    pid: int
+    facts: EngineFacts
     warm_up_s: float = 0.0
 
 
@@ -178,6 +175,7 @@ class Died(msgspec.Struct, tag=True, frozen=True):
     """The engine cannot go on; `message` says why. The process exits after it."""
 
     message: str
+    blames_model: bool = False  # the engine has refused a model whose files are wrong; it has not failed itself
 
 
 ToEngine = Generate | Score | Cancel

@@ -50,6 +50,8 @@ class Link(Protocol):
     @property
     def failure(self) -> str: ...  # noqa: D102
     @property
+    def blames_model(self) -> bool: ...  # noqa: D102
+    @property
     def restarts(self) -> int: ...  # noqa: D102
     @property
     def heartbeat_age_s(self) -> float: ...  # noqa: D102
@@ -105,9 +107,9 @@ class Service:
     @property
     def fingerprint(self) -> str:
         """Equal ones on one machine mean equal numerics: weights, how and in what they are computed, version."""
-        ready, settings = self.link.ready, self.settings
+        facts, settings = self.link.ready and self.link.ready.facts, self.settings
         how = f"chunk{settings.chunk_tokens}{'-invariant' if settings.batch_invariant else ''}"
-        where = f"{ready.backend}-{ready.weights}-{ready.device}-{how}" if ready else "starting"
+        where = f"{facts.backend}-{facts.weights}-{facts.device}-{how}" if facts else "starting"
         return f"{self.bundle.hash[:12]}-{where}-{package_version()}"
 
     def new_id(self) -> str:

@@ -21,6 +21,7 @@ import pytest
 
 from allattn import generate as terminal
 from model.sampling.params import SamplingParams
+from server.config import EngineOptions
 from server.engine.engine import Engine
 from server.engine.sequence import Chunk, ChunkResult, Draw, Drawn
 from tests.support.artefacts import bundle_of
@@ -54,7 +55,7 @@ class ScriptRunner(FakeRunner):
 @pytest.fixture
 def script(monkeypatch) -> Callable[..., int]:
     """The command over the tiny bundle's description and a runner that says the script."""
-    monkeypatch.setattr(terminal, "_load_engine", lambda _: Engine(ScriptRunner(1), budget_tokens=64))
+    monkeypatch.setattr(terminal, "_load_engine", lambda _: Engine(ScriptRunner(1), EngineOptions(budget_tokens=64)))
     return lambda *arguments: terminal.main(["--bundle", str(bundle_of()), *arguments])
 
 

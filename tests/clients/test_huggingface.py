@@ -17,11 +17,6 @@ ASKED: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.9, "top_k": 50, 
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 def url(tmp_path_factory) -> Iterator[str]:
     bundle = write_bundle(tmp_path_factory.mktemp("bundles") / "masked")
     with live_server(bundle, "--num-rows", "2", "--max-waiting", "0") as url:

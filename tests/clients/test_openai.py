@@ -18,11 +18,6 @@ MODEL = "masked"
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 def url(tmp_path_factory) -> Iterator[str]:
     bundle = write_bundle(tmp_path_factory.mktemp("bundles") / MODEL)
     with live_server(bundle, "--num-rows", "4", "--max-waiting", "4", keys=KEY) as url:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from server.config import Settings, load_settings
-from server.config.settings import ENV_PREFIX
+from server.config.sources import ENV_PREFIX
 from tests.support.http_harness import make_link, serving
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +117,7 @@ def test_the_image_installs_an_extra_that_exists():
     [
         ("pyproject.toml", True),
         ("LICENSE", True),
+        ("allattn/generate.py", True),
         ("model/attention.py", True),
         ("server/__main__.py", True),
         ("export/run.py", True),
@@ -124,7 +125,7 @@ def test_the_image_installs_an_extra_that_exists():
         ("bundles/default/tokenizer.json", True),
         ("bundles/mine/model.safetensors", False),
         ("bundles/default.run/metrics.jsonl", False),
-        ("server/__pycache__/api.pyc", False),
+        ("server/__pycache__/app.pyc", False),
         ("training/run.py", False),
         ("tests/oracle.py", False),
         ("benchmarks/load.py", False),

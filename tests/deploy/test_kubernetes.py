@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.config import Settings, load_settings
 from server.config.keys import read_key_file
-from server.config.settings import ENV_PREFIX
+from server.config.sources import ENV_PREFIX
 from tests.support.http_harness import make_client, make_link
 
 ROOT = Path(__file__).parents[2]

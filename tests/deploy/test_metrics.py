@@ -23,7 +23,7 @@ BY_PROMETHEUS = {"up": {"job", "instance"}}  # what it says of what it scrapes
 TARGET_LABELS = {"job", "instance"}  # what it adds to all that it scrapes
 OPERATORS = {"and", "or", "unless", "on", "by"}
 PROMTOOL = shutil.which("promtool")
-needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is missing: apt-get install prometheus")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool: make promtool, as root on Debian")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from allattn import generate as terminal
 from allattn.__main__ import BENCH, COMMANDS
 from server import reference
 from server.config import Settings
-from server.config.settings import ENV_PREFIX
+from server.config.sources import ENV_PREFIX
 from server.requests.metrics import Metrics
 from tests.docs.commands import PAGES, ROOT, blocks, commands
 from tests.support.artefacts import shipped_folder

@@ -1,11 +1,8 @@
 """`python -m server` over an artefact that is broken or does not fit the settings: it says so and never starts."""
 
-import os
 import shutil
 import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +12,8 @@ from server.config import Settings
 from server.served_model import open_model
 from tests.support.artefacts import artefact_of, bundle_of
 from tests.support.hand_made import onnx_graph, sealed, write_artefact
+from tests.support.live_server import refused_server
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("torchscript", "onnx", "pt2")
 
 
@@ -78,14 +75,6 @@ def test_a_provider_is_for_onnx_only(tmp_path, capsys, provider):
     open_model(Settings(bundle=write_artefact(tmp_path / "onnx"), provider=provider))
 
 
-def serve(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """A whole server, which must end by itself."""
-    command = [sys.executable, "-m", "server", "--bundle", str(folder), "--port", "0", "--num-rows", "2", *flags]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TMPDIR": str(folder.parent)}, capture_output=True, text=True, timeout=120
-    )
-
-
 def check_refusal(ended: subprocess.CompletedProcess[str], *said: str) -> None:
     assert ended.returncode == 1
     assert "allattn serves" not in ended.stdout
@@ -99,7 +88,7 @@ def check_refusal(ended: subprocess.CompletedProcess[str], *said: str) -> None:
 @pytest.mark.slow
 def test_a_server_never_starts_over_a_graph_that_is_garbage(tmp_path):
     folder = write_artefact(tmp_path / "artefact", graph=b"garbage")  # by its hash it is right
-    check_refusal(serve(folder), f"{folder}/decode.onnx cannot be loaded by onnxruntime ")
+    check_refusal(refused_server(folder), f"{folder}/decode.onnx cannot be loaded by onnxruntime ")
 
 
 @pytest.mark.slow
@@ -107,28 +96,30 @@ def test_a_server_never_starts_over_another_model_s_graph(tmp_path):
     folder = tmp_path / "artefact"
     shutil.copytree(artefact_of("masked", "torchscript"), folder)
     shutil.copy(artefact_of("words", "torchscript") / "model.pt", folder / "model.pt")
-    check_refusal(serve(sealed(folder)), f"{folder}/model.pt is a graph of the model ")
+    check_refusal(refused_server(sealed(folder)), f"{folder}/model.pt is a graph of the model ")
 
 
 @pytest.mark.slow
 def test_a_server_never_starts_over_an_unknown_opset(tmp_path):
     graph = onnx_graph(open_bundle(bundle_of()).hash, opset=99)
     folder = sealed(write_artefact(tmp_path / "artefact", graph=graph), opset=99)
-    check_refusal(serve(folder), f"{folder}/decode.onnx cannot be loaded by onnxruntime ", "pset 99")
+    check_refusal(refused_server(folder), f"{folder}/decode.onnx cannot be loaded by onnxruntime ", "pset 99")
 
 
 @pytest.mark.slow
 def test_a_server_never_starts_over_a_truncated_file(tmp_path):
     folder = write_artefact(tmp_path / "artefact")
     (folder / "logits.onnx").write_bytes(b"no")
-    check_refusal(serve(folder), f"{folder}/logits.onnx is cut short: it has 2 bytes, manifest.json says 8; copy the")
+    check_refusal(
+        refused_server(folder), f"{folder}/logits.onnx is cut short: it has 2 bytes, manifest.json says 8; copy the"
+    )
 
 
 @pytest.mark.slow
 def test_a_server_never_starts_over_graphs_that_cannot_compute(tmp_path):
     """They load and are of the right model, but are no steps."""
     folder = write_artefact(tmp_path / "artefact", graph=onnx_graph(open_bundle(bundle_of()).hash))
-    ended = serve(folder, "--max-restarts", "0")
+    ended = refused_server(folder, "--max-restarts", "0")
     assert ended.returncode == 1
     assert "allattn serves" not in ended.stdout
 
@@ -137,4 +128,4 @@ def test_a_server_never_starts_over_graphs_that_cannot_compute(tmp_path):
 def test_a_server_does_not_take_the_cpu_where_cuda_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     folder = write_artefact(tmp_path / "artefact", graph=onnx_graph(open_bundle(bundle_of()).hash))
-    check_refusal(serve(folder, "--provider", "cuda"), "provider = 'cuda', but ", "; allowed here: auto, cpu")
+    check_refusal(refused_server(folder, "--provider", "cuda"), "provider = 'cuda', but ", "; allowed here: auto, cpu")

@@ -18,10 +18,11 @@ from export.graph import Steps
 from export.run import export
 from export.verify import BOUNDS, Verified, main, read_text, verify
 from model.artefact import ArtefactError, open_artefact
+from model.backends import LoadOptions
 from model.bundle import open_bundle
 from model.frozen.baked import BakedLM, load_baked
 from model.frozen.exported import ExportedLM, load_exported
-from model.frozen.torch_graphs import TorchGraphs, load_torch_graphs
+from model.frozen.torch_graphs import TorchGraphs, load_script
 from tests.support.artefacts import artefact_of, bundle_of, model_of, text_file
 from training.evaluate import evaluate
 
@@ -185,7 +186,7 @@ class Tampered(TorchGraphs):
 
 def tampered(change: Callable[[str, list[Tensor]], None]) -> ExportedLM:
     artefact = open_artefact(artefact_of("masked", "torchscript"))
-    graphs = Tampered(load_torch_graphs(artefact, device="cpu"), change)
+    graphs = Tampered(load_script(artefact, LoadOptions(device="cpu")), change)
     return ExportedLM(artefact.bundle.config, artefact.manifest, graphs)
 
 
@@ -252,7 +253,7 @@ def test_the_manifest_holds_what_was_measured():
     said = json.loads((folder / "manifest.json").read_text())["verified"]
     assert said["text"] == "masked.txt"
     assert Verified(**{name: value for name, value in said.items() if name != "text"}) == check(
-        load_exported(open_artefact(folder), device="cpu")
+        load_exported(open_artefact(folder), LoadOptions(device="cpu"))
     )
     bundle = open_bundle(bundle_of())
     tokens = np.array(bundle.tokenizer.encode(text_file().read_text()))

@@ -1,4 +1,4 @@
-"""Adaptive input and softmax: against torch's own and the dense form, memory, the server's slices, and training."""
+"""Adaptive input and softmax: against torch's module and the dense form; memory, the server's slices, training."""
 
 import os
 import subprocess
@@ -19,6 +19,7 @@ from model.network.network import AllAttentionLM
 from model.sampling import draw as sampling
 from model.sampling.draw import score_targets
 from model.sampling.params import SamplingParams
+from server.config import EngineOptions
 from server.engine.engine import Engine
 from server.engine.runner import ModelRunner
 from server.protocol.messages import Generate
@@ -51,7 +52,7 @@ def test_the_output_equals_torchs_adaptive_softmax_where_that_can_say_the_same()
     assert isinstance(output, AdaptiveOutput)
     with torch.no_grad():
         for bias in output.biases[1:]:
-            bias.zero_()  # torch has none in the tails
+            bias.zero_()  # torch has no bias in the tails
     theirs = nn.AdaptiveLogSoftmaxWithLoss(16, 20, [5, 9], div_value=4, head_bias=True, dtype=torch.float64)
     from_the_end = output.cluster.weight.flip(0), output.cluster.bias.flip(0)
     with torch.no_grad():
@@ -198,9 +199,17 @@ def test_the_bits_of_a_word_depend_on_no_other_word_in_the_batch() -> None:
 
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_a_model_of_words_is_served(backend) -> None:
-    runner = ModelRunner.load(served_folder("words", backend), num_rows=2, device="cpu", num_threads=1)
-    assert runner.backend == backend
-    engine = Engine(runner, chunk_tokens=16, budget_tokens=32)
+    options = EngineOptions(
+        bundle=served_folder("words", backend),
+        num_rows=2,
+        device="cpu",
+        num_threads=1,
+        chunk_tokens=16,
+        budget_tokens=32,
+    )
+    runner = ModelRunner.load(options)
+    assert runner.model.backend == backend
+    engine = Engine(runner, options)
     prompt = text_tokens(40, "words").astype("<i4").tobytes()
     engine.submit(Generate("a", prompt, SamplingParams(temperature=1.0, top_p=0.9, num_top=3, seed=1), 12))
     tokens = []
@@ -240,7 +249,8 @@ from model.frozen.served import score_document, score_positions
 from model.config import ModelConfig
 from model.network.network import AllAttentionLM
 from model.sampling.draw import Draws, draw
-from server.protocol.messages import SamplingParams
+from model.sampling.params import SamplingParams
+from server.config import EngineOptions
 from server.engine.runner import ModelRunner
 network = AllAttentionLM(ModelConfig.model_validate(WIKITEXT103))
 model = bake(network)
@@ -267,7 +277,7 @@ line = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, typical_p=0.9, min_p
 draw(torch.randn(32, 267735), Draws([line] * 32), positions=[1] * 32, num_generated=[1] * 32)
 """
 WARM_UP = """
-ModelRunner(model, num_rows=8).warm_up(64)
+ModelRunner(model, EngineOptions(num_rows=8)).warm_up()
 """
 
 

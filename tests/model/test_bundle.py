@@ -1,4 +1,4 @@
-"""Bundles: what is written reads back, every fault is named, and a save that fails leaves everything as it was."""
+"""Bundles: a saved bundle reads back, every error is named, and a failed save leaves everything unchanged."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def random_tensors(config: ModelConfig = SMALL, *, seed: int = 0, dtype: type = 
 
 
 class Given(NamedTuple):
-    """Good arguments of `save_bundle`, for a test to spoil one."""
+    """Valid arguments of `save_bundle`; a test makes one of them invalid."""
 
     config: ModelConfig = SMALL
     tokenizer: Tokenizer = BytesTokenizer()
@@ -68,7 +68,7 @@ def edit_config(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def replace_file(bundle: Path, name: str, content: bytes) -> None:
-    """Change a file as someone would who keeps the hashes right."""
+    """Change a file and update the hashes."""
     (bundle / name).write_bytes(content)
     part = {WEIGHTS: "weights", TOKENIZER: "tokenizer"}[name]
     edit_config(bundle, lambda document: document[part].update(sha256=hashlib.sha256(content).hexdigest()))
@@ -149,7 +149,7 @@ def test_files_get_the_usual_permissions_not_those_of_a_temporary_folder(saved: 
     assert stat.S_IMODE(saved.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
-# Faults in what is opened
+# Errors in an opened bundle
 
 
 @pytest.mark.parametrize("name", [CARD, CONFIG, WEIGHTS, TOKENIZER])
@@ -278,7 +278,7 @@ def test_a_bundle_replaced_after_it_was_opened_gives_no_foreign_weights(saved: P
         bundle.tensors()
 
 
-# Faults in what is saved
+# Errors in a saved bundle
 
 
 def spoiled(name: str, array: NDArray[Any]) -> Tensors:
@@ -313,7 +313,7 @@ def test_a_wrong_argument_leaves_the_old_bundle_and_nothing_else(
 
 
 class DiskFull(BytesTokenizer):
-    """Stands for a disk that fills up while a bundle is written."""
+    """Simulate a disk that becomes full while a bundle is written."""
 
     def save(self, path: str | Path) -> None:
         Path(path).write_bytes(b"{")

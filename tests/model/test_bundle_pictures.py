@@ -1,4 +1,4 @@
-"""Pictures of a bundle: written in the same swap as its files, optional, and no reason to lose what else lies there."""
+"""Pictures of a bundle: written in the same swap as its files, optional, and other files in their folder are kept."""
 
 from pathlib import Path
 

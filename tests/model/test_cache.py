@@ -1,4 +1,4 @@
-"""Snapshots of a row, on every backend: what is restored goes on, bit for bit, as the original does."""
+"""Snapshots of a row, on every backend: a restored row continues bit for bit like the original."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def model(request, backend) -> ServedLM:
 
 
 def filled(model: ServedLM, length: int, *, row: int) -> RingCache:
-    """A cache of four rows, of which one has read the text's first tokens and the others something else."""
+    """A cache of four rows; one row has read the first tokens of the text, the other rows other tokens."""
     cache = model.allocate(4)
     for other in range(4):
         tokens = text_tokens(length if other == row else 30 + other)
@@ -34,7 +34,7 @@ def filled(model: ServedLM, length: int, *, row: int) -> RingCache:
 
 
 def go_on(model: ServedLM, cache: RingCache, row: int) -> list[torch.Tensor]:
-    """What comes out of some more tokens of one row, in both kinds of step."""
+    """The outputs of one row for some more tokens, in both kinds of step."""
     found = []
     for tokens in text_tokens(80).reshape(2, 40):
         hidden, new = model.extend(torch.from_numpy(tokens)[None], cache, [row])
@@ -95,7 +95,7 @@ def test_a_snapshot_costs_what_a_row_costs(model):
 
 
 def reset_to(cache: RingCache, row: int, snapshot) -> RingCache:
-    """The cache with a row put into another state after one more reset."""
+    """The cache after a reset of a row and a restore of another state into it."""
     cache.reset(row)
     cache.restore(row, snapshot)
     return cache

@@ -1,4 +1,4 @@
-"""The shape of a model as data: what it refuses, and the parameter counts of the paper's five models."""
+"""The configuration of a model: what it rejects, and the parameter counts of the paper's five models."""
 
 import math
 from itertools import pairwise
@@ -135,7 +135,7 @@ def test_the_closed_form_counts_what_the_network_holds(name: str) -> None:
 
 
 def test_the_word_model_counts_its_tables_once_and_its_projections_twice() -> None:
-    """Where the 133 M come from: input and output share their tables, and each side has projections of its own.
+    """How the 133 M arise: input and output share their tables, and each side has its own projections.
 
     With shared projections, which is how the authors released their code, the sum is 132.49 M and does not round to the
     133 M of the paper; with tables of its own on each side it would be 151 M.

@@ -1,4 +1,4 @@
-"""The loss that computes its scores chunk by chunk against the plain one, in value and in gradients."""
+"""The loss that computes its scores chunk by chunk against the plain loss: values and gradients."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def plain(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tens
 
 
 def with_gradients(loss: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
-    """The loss and its gradients, times an odd number as training scales it."""
+    """The loss and its gradients, with the loss scaled by an odd number as in training."""
     return loss.detach(), *torch.autograd.grad(loss / 7, of)
 
 

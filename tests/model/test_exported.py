@@ -1,4 +1,4 @@
-"""Where the graphs of an artefact run, which is never somewhere else than asked for, and whose memory they touch."""
+"""The graphs of an artefact run on the requested device and touch only the memory of their own cache."""
 
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.artefact import ArtefactError, open_artefact
+from model.backends import LoadOptions
 from model.bundle import open_bundle
 from model.frozen.baked import BakedLM, bake
 from model.frozen.cache import RingCache
@@ -28,7 +29,7 @@ NO_DEVICE, NO_PROVIDER = "torch sees no CUDA device", f"onnxruntime {onnxruntime
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, provider: bool, device: bool) -> None:
-    """Let onnxruntime have its CUDA provider or not, and torch a GPU or not."""
+    """Simulate onnxruntime with or without its CUDA provider, and torch with or without a GPU."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU] if provider else [CPU])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
 
@@ -62,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Fallen:
-    """A session that says, as onnxruntime does where libraries of CUDA are missing, that it runs on the CPU."""
+    """A session that reports the CPU, as onnxruntime does if CUDA libraries are missing."""
 
     asked: list[str]
 
@@ -81,7 +82,7 @@ def test_a_session_that_falls_back_to_the_cpu_is_an_error(monkeypatch, folder, a
     pretend(monkeypatch, provider=True, device=True)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
     with pytest.raises(ArtefactError) as caught:
-        load_exported(open_artefact(folder), **asked)
+        load_exported(open_artefact(folder), LoadOptions(**asked))
     assert str(caught.value).startswith(
         f"provider = 'cuda', but onnxruntime {onnxruntime.__version__} could only take CPUExecutionProvider: "
     )
@@ -91,7 +92,7 @@ def test_a_session_that_falls_back_to_the_cpu_is_an_error(monkeypatch, folder, a
 def test_a_session_on_the_cpu_asks_for_the_cpu_alone(monkeypatch, folder):
     pretend(monkeypatch, provider=True, device=True)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
-    assert load_exported(open_artefact(folder), provider="cpu").device == torch.device("cpu")
+    assert load_exported(open_artefact(folder), LoadOptions(provider="cpu")).device == torch.device("cpu")
     assert Fallen.asked == [CPU]
 
 
@@ -102,7 +103,7 @@ def test_graphs_of_torch_run_only_where_they_were_made(monkeypatch, tmp_path, ki
     pretend(monkeypatch, provider=True, device=has_device)
     folder = write_artefact(tmp_path / "artefact", kind=kind, device=made_on)
     with pytest.raises(ArtefactError) as caught:
-        load_exported(open_artefact(folder), device=asked)
+        load_exported(open_artefact(folder), LoadOptions(device=asked))
     assert str(caught.value) == (
         f"device = '{asked}', but {folder} was made on '{made_on}'; export with --device {asked}"
     )
@@ -114,7 +115,7 @@ def test_graphs_that_were_made_on_a_gpu_need_one(monkeypatch, tmp_path, kind, as
     pretend(monkeypatch, provider=True, device=False)
     folder = write_artefact(tmp_path / "artefact", kind=kind, device="cuda")
     with pytest.raises(ArtefactError) as caught:
-        load_exported(open_artefact(folder), device=asked)
+        load_exported(open_artefact(folder), LoadOptions(device=asked))
     assert str(caught.value) == f"{folder} was made on 'cuda', and torch sees no CUDA device; export with --device cpu"
 
 
@@ -124,7 +125,7 @@ def test_cuda_where_there_is_none_is_an_error_for_onnx(monkeypatch, folder, aske
     with pytest.raises(
         ArtefactError, match="provider = 'cuda', but torch sees no CUDA device; allowed here: auto, cpu"
     ):
-        load_exported(open_artefact(folder), **asked)
+        load_exported(open_artefact(folder), LoadOptions(**asked))
 
 
 @pytest.mark.parametrize("kind", ["torchscript", "pt2"])
@@ -132,7 +133,7 @@ def test_cuda_where_there_is_none_is_an_error_for_onnx(monkeypatch, folder, aske
 def test_a_provider_is_for_onnx_only(tmp_path, kind, provider):
     folder = write_artefact(tmp_path / "artefact", kind=kind)
     with pytest.raises(ArtefactError) as caught:
-        load_exported(open_artefact(folder), provider=provider)
+        load_exported(open_artefact(folder), LoadOptions(provider=provider))
     assert str(caught.value) == f"provider = '{provider}' is for ONNX artefacts; {folder} is {kind}"
 
 
@@ -147,7 +148,7 @@ def test_both_packages_of_onnxruntime_at_once_are_an_error(monkeypatch, folder, 
     if installed != TWINS:
         check_packages()
         return
-    for call in (check_packages, lambda: load_exported(open_artefact(folder), device="cpu")):
+    for call in (check_packages, lambda: load_exported(open_artefact(folder), LoadOptions(device="cpu"))):
         with pytest.raises(ArtefactError) as caught:
             call()
         assert str(caught.value) == (
@@ -160,13 +161,13 @@ def test_without_onnxruntime_an_onnx_artefact_says_what_to_install_and_others_lo
     monkeypatch.delitem(sys.modules, "model.frozen.onnx_graphs")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ArtefactError, match=r"onnxruntime cannot be imported .*; pip install 'allattn\[onnx\]'"):
-        load_exported(open_artefact(folder), device="cpu")
-    load_exported(open_artefact(artefact_of("masked", "torchscript")), device="cpu")
+        load_exported(open_artefact(folder), LoadOptions(device="cpu"))
+    load_exported(open_artefact(artefact_of("masked", "torchscript")), LoadOptions(device="cpu"))
 
 
 def test_an_artefact_s_folder_may_have_any_name(folder):
     odd = folder.rename(folder.with_name("é ü 'x' %20"))
-    assert load_exported(open_artefact(sealed(odd)), device="cpu").backend == "onnx"
+    assert load_exported(open_artefact(sealed(odd)), LoadOptions(device="cpu")).backend == "onnx"
 
 
 @pytest.fixture(scope="module", params=["torchscript", pytest.param("onnx", marks=pytest.mark.slow)])
@@ -185,7 +186,7 @@ def text() -> np.ndarray:
 
 
 def read(model: ServedLM, cache: RingCache, text: np.ndarray, *, row: int = 0) -> torch.Tensor:
-    """The logits [V] after the last token of a text: all but the last 20 in stretches, those one by one."""
+    """The logits [V] after the last token of a text: the last 20 tokens one by one, the others in chunks."""
     for stretch in torch.from_numpy(text[:-20]).split(50):
         _, new = model.extend(stretch[None], cache, [row])
         cache.commit([row], new, [len(stretch)])
@@ -218,7 +219,7 @@ def flat(found):
 
 
 def test_caches_come_and_go(model, baked, text):
-    """The memory of a cache that is gone may become the next one's, of another size too."""
+    """The memory of a deleted cache may be reused by the next cache, also of another size."""
     for num_rows in (2, 2, 3, 1, 2):
         wanted = read(baked, baked.allocate(num_rows), text, row=num_rows - 1)
         found = read(model, model.allocate(num_rows), text, row=num_rows - 1)  # freed as soon as it is read

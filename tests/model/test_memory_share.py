@@ -1,4 +1,4 @@
-"""The share of attention that falls on persistent vectors, against the equations, one probability at a time.
+"""The share of attention on persistent vectors, against the equations, one probability at a time.
 
 On every backend.
 """
@@ -38,7 +38,7 @@ def model(kind, backend) -> ServedLM:
 
 
 def slow_share(layer, hidden, position, t, config) -> float:
-    """Probability of all persistent vectors together for the query at t, mean over heads (equations 6 to 8)."""
+    """The summed probability of all persistent vectors for the query at t, mean over heads (equations 6 to 8)."""
     size, num_pairs = config.head_size, config.num_persistent
     shares = []
     for h in range(config.num_heads):
@@ -106,7 +106,7 @@ def test_the_share_equals_the_equations_in_any_chunks(network, model, wanted, si
     found = shares_in_chunks(model, size)
     assert found.shape == (LENGTH, network.config.num_layers)
     assert np.abs(found[list(CHECKED)] - wanted).max() < 1e-5
-    assert wanted[5:].std(0).min() > 1e-3  # it does tell positions apart
+    assert wanted[5:].std(0).min() > 1e-3  # positions differ
 
 
 def test_the_first_token_of_a_fresh_stream_attends_to_nothing_else(network, model):

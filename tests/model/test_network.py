@@ -1,4 +1,4 @@
-"""The training network against the oracle: any split into blocks, the slope of the loss, streams, spans and dropout."""
+"""The training network against the oracle: any split into blocks, gradients, streams, spans, dropout."""
 
 import functools
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ SPANS = {
 
 
 class Case(NamedTuple):
-    """One network of the tests; hashable, so that the slow oracle runs once for each."""
+    """A network of the tests; hashable, so that the slow oracle runs once for each case."""
 
     spans: str = "mixed"
     empty_slots: str = "masked"
 
     def build(self, **changes: Any) -> AllAttentionLM:
-        """The network in eval mode, with random weights that make every part matter and scores of the order of 1."""
+        """The network in eval mode, with random weights: every part matters, and scores are of the order of 1."""
         shape = SHAPE | {"empty_slots": self.empty_slots} | changes
         network = AllAttentionLM(ModelConfig.model_validate(shape))
         generator = torch.Generator().manual_seed(3)
@@ -78,14 +78,14 @@ def by_oracle(weights: dict[str, oracle.Array], tokens: Sequence[int], config: M
 
 @functools.cache
 def expected(case: Case) -> tuple[AllAttentionLM, oracle.Array]:
-    """The network of a case and what the oracle says of TOKENS."""
+    """The network of a case, and the oracle's logits for TOKENS."""
     network = case.build()
     return network, by_oracle(weights_of(network), TOKENS, network.config)
 
 
 @torch.no_grad()
 def read(network: AllAttentionLM, tokens: Tensor, sizes: Sequence[int]) -> tuple[Tensor, StreamCache]:
-    """Logits [B, T, V] of streams `tokens` [B, T] that begin here, read in blocks of `sizes`, and the last cache."""
+    """Logits [B, T, V] of fresh streams `tokens` [B, T], read in blocks of `sizes`, and the last cache."""
     cache = network.init_cache(tokens.shape[0])
     parts = []
     for block in torch.split(tokens, list(sizes), dim=1):
@@ -226,7 +226,7 @@ def test_the_cache_carries_no_gradient() -> None:
 
 
 def loss_by_oracle(weights: dict[str, oracle.Array], tokens: Sequence[int], config: ModelConfig) -> float:
-    """Nats of all tokens after the first."""
+    """Summed nats of all tokens after the first."""
     scores = by_oracle(weights, tokens[:-1], config)
     chosen = scores[np.arange(len(tokens) - 1), tokens[1:]]
     return float((np.log(np.exp(scores).sum(-1)) - chosen).sum())
@@ -238,7 +238,7 @@ def test_the_gradient_of_every_weight_equals_the_slope_of_the_oracles_loss(empty
     tokens, step = TOKENS[:10], 1e-5
     with torch.no_grad():
         for layer, span in zip(network.layers, ((0.37, 0.61), (0.11, 0.95)), strict=True):
-            layer.span.copy_(torch.tensor(span))  # between the kinks of the ramp, where slopes exist
+            layer.span.copy_(torch.tensor(span))  # between the kinks of the ramp, where derivatives exist
     hidden, _ = network(torch.tensor([tokens[:-1]]), network.init_cache(1))
     loss = nn.functional.cross_entropy(network.logits(hidden)[0], torch.tensor(tokens[1:]), reduction="sum")
     loss.backward()

@@ -1,4 +1,4 @@
-"""Penalties, biases and bans of end tokens, and the history that they are reckoned from."""
+"""Penalties, biases and bans of end tokens, and the history that penalties are computed from."""
 
 import math
 

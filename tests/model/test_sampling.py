@@ -1,4 +1,4 @@
-"""Drawing tokens: noise from (seed, position) only, every parameter against slow definitions, log-probabilities."""
+"""Sampling: noise from (seed, position) only, every parameter against a slow definition, log-probabilities."""
 
 import itertools
 import math
@@ -102,7 +102,7 @@ def test_nothing_asked_draws_by_the_cumulative_softmax_at_the_uniform_number():
 @given(
     lines=st.lists(lines_of(301), min_size=2, max_size=9),
     seed=st.integers(0, 100),
-    rounded=st.booleans(),  # logits of a bf16 model, in which equals are common
+    rounded=st.booleans(),  # logits of a bf16 model, where equal logits are common
 )
 def test_a_line_gets_bit_for_bit_the_same_alone_and_among_any_others(lines, seed, rounded):
     logits = torch.randn(len(lines), 301, generator=torch.Generator().manual_seed(seed)) * 4
@@ -168,7 +168,7 @@ def test_a_neighbour_s_top_p_does_not_cut_the_tail_of_a_line_without():
     # Summed in fp32 the shares pass 1 before the tail, whose 268 tokens have 3e-7 of the probability.
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 4
     logits = logits.sort(descending=True).values
-    seed = 92574815  # its number at position 0 is the highest of many, 1 - 9e-9
+    seed = 92574815  # its noise at position 0 is close to 1: 1 - 9e-9
     plain, cut = (
         Line(SamplingParams(temperature=1.0, seed=seed)),
         Line(SamplingParams(temperature=1.0, top_p=0.5, seed=seed)),

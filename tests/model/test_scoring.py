@@ -1,4 +1,4 @@
-"""Figures are sums over sums, in every unit, and say None where nothing was scored."""
+"""Scores are sums divided by sums, in every unit, and None if nothing was scored."""
 
 import math
 import random
@@ -36,7 +36,7 @@ def test_a_perplexity_beyond_a_double_is_infinite():
 
 
 class Bytes:
-    """A token is a byte."""
+    """A tokenizer whose tokens are bytes."""
 
     def token_bytes(self, token):
         return bytes([token])
@@ -54,7 +54,7 @@ def test_a_text_in_stretches_scores_as_in_one_piece_wherever_it_is_cut():
     tokens, logprobs = list(text), [-1.0 / (place + 1) for place in range(len(text))]
     whole = Score.of(Bytes(), tokens, logprobs)
     for first in range(len(text) + 1):
-        for second in range(first, len(text) + 1):  # empty stretches among them
+        for second in range(first, len(text) + 1):  # some parts are empty
             assert tally_of(tokens, logprobs, cuts=[first, second]) == whole
     assert tally_of(tokens, logprobs, cuts=list(range(1, len(text)))) == whole
 

@@ -1,4 +1,4 @@
-"""The attention that trains on CPUs against the definition: outputs and every gradient, at edges, tile by tile."""
+"""Tiled attention for CPUs against the definition: outputs and every gradient, also at the edges of tiles."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ NAMES = ("query", "key", "value", "persistent key", "persistent value", "positio
 class Case(NamedTuple):
     heads: int = 2
     streams: int = 3
-    block: int = 150  # two tiles, the second a short one
+    block: int = 150  # two tiles; the second is shorter
     slots: int = 37
     pairs: int = 5
     head_size: int = 8
@@ -107,7 +107,9 @@ def test_dropout_drops_the_share_it_is_told_to_and_has_its_own_gradient():
     tensors = wide.tensors()
     tensors[2] = torch.ones_like(tensors[2])
     tensors[4] = torch.ones_like(tensors[4])
-    kept = wide.attend(tiled_attention, tensors, dropout=0.4)  # values of one: the sum of what is kept, scaled up
+    kept = wide.attend(
+        tiled_attention, tensors, dropout=0.4
+    )  # all values are 1: the sum of the kept probabilities, scaled up
     assert kept.mean().item() == pytest.approx(1, abs=0.02)
     assert kept.std() > 0.05
 

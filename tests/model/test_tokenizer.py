@@ -33,10 +33,10 @@ from model.tokenizer import (
 ROOT = Path(__file__).parents[2]
 SHAKESPEARE = (ROOT / "training" / "corpora" / "shakespeare.txt").read_text(encoding="utf-8")
 SAMPLE = SHAKESPEARE[:100_000]
-# A line of WikiText, and the spaces of every sort that str.split knows.
+# A line of WikiText, and all kinds of whitespace that str.split splits at.
 WIKITEXT = " = Robert <unk> = \n \n Robert <unk> is an English film . \n"
 SPACES = [chr(code) for code in range(0x3001) if chr(code).isspace()]
-# Texts in which every rule of GPT-2's word pattern is likely to meet every other.
+# Texts in which the rules of GPT-2's word pattern are likely to interact.
 tricky_texts = st.text(alphabet=st.sampled_from([*" \n\t'ast19.,é€😀\x00\u0301\u200b", *SPACES]), max_size=40)
 
 
@@ -58,7 +58,7 @@ def tokenizer(request: pytest.FixtureRequest, bpe: BpeTokenizer, words: WordToke
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
 def exact(request: pytest.FixtureRequest, bpe: BpeTokenizer) -> Tokenizer:
-    """The kinds that promise to give every text back."""
+    """The kinds of tokenizers that round-trip every text."""
     return bpe if request.param == "bpe" else BytesTokenizer()
 
 
@@ -140,7 +140,7 @@ def test_token_text_shows_a_part_of_a_character_as_a_replacement(exact: Tokenize
     assert tokens[b"\xe2"] == "\ufffd"
 
 
-# Refusals
+# Rejected ids and texts
 
 
 @pytest.mark.parametrize("offset", [0, 7])

@@ -6,7 +6,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import SecretStr
 
-from server.config.settings import ConfigError, Settings, describe_settings, load_settings, wants_print_config
+from model.backends import OneOf
+from server.config import ConfigError, Settings, describe_settings, load_settings, wants_print_config
 
 KEYS = ["correct-horse-battery", "staple/2+more=chars~~"]
 
@@ -19,7 +20,8 @@ def other_value(name: str, folder: Path) -> Any:
     if name == "api_key_file":
         (folder / "keys").write_text(KEYS[0])
         return folder / "keys"
-    kinds = (field.annotation, *get_args(field.annotation))
+    choices = [choice for rule in field.metadata if isinstance(rule, OneOf) for choice in rule.names()]
+    kinds = (field.annotation, *get_args(field.annotation), *choices)
     if bool in kinds:
         return not field.default
     if int in kinds:
@@ -127,6 +129,11 @@ def test_help_names_every_flag_and_says_why_keys_have_none(capsys):
         (["--port", "abc"], {}, "--port = 'abc'"),
         (["--port", "70000"], {}, "65535"),
         (["--dtype", "int8"], {}, "'float32' or 'bfloat16'"),
+        (
+            ["--backend", "tpu"],
+            {},
+            "--backend = 'tpu': Input should be 'auto', 'torch', 'torchscript', 'onnx' or 'pt2'",
+        ),
         (["--batch-invariant", "perhaps"], {}, "--batch-invariant = 'perhaps'"),
         ([], {"ALLATTN_PROT": "1"}, "ALLATTN_PROT is not a setting; there are: bundle, backend, host, port,"),
         ([], {"ALLATTN_NUM_ROWS": "0"}, "ALLATTN_NUM_ROWS = '0'"),

@@ -26,11 +26,6 @@ from tests.support.http_harness import eventually, make_bundle, make_link, read_
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Running:
     """`serve` as a task, and a client for it."""
 

@@ -9,6 +9,7 @@ import pytest
 
 from export.run import export
 from model.artefact import open_artefact
+from model.backends import LoadOptions
 from model.frozen.baked import bake
 from model.frozen.exported import ExportedLM, load_exported
 from model.frozen.served import ServedLM
@@ -57,7 +58,7 @@ def _artefact_of(kind: str, format: str) -> Path:
 @cache
 def model_of(kind: str = "masked", format: str = "onnx") -> ExportedLM:
     """The artefact, loaded on the CPU with one thread."""
-    return load_exported(open_artefact(artefact_of(kind, format)), device="cpu", num_threads=1)
+    return load_exported(open_artefact(artefact_of(kind, format)), LoadOptions(device="cpu", num_threads=1))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A real, headless Chromium for tests of the page, and what every page must keep: no error, no other server."""
+"""A headless Chromium for the tests of the page, and two rules for each page: no error, no request to others."""
 
 import os
 import shutil
@@ -10,12 +10,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
-MISSING = "no Chromium: apt-get install -y --no-install-recommends chromium-headless-shell"
+MISSING = "no Chromium: make browser, as root on Debian"
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The system's browser; playwright's own is not downloaded."""
+    """Start the system's browser. Playwright downloads none of its own."""
     assert CHROMIUM is not None, MISSING
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # the sandbox is not for root, as in containers
     with sync_playwright() as playwright:
@@ -28,7 +28,7 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, url: str, *, refusals: bool = False, **options: Any) -> Iterator[Page]:
-    """The page in a profile of its own. `refusals`: the server is going to refuse something, which Chromium logs."""
+    """Open the page in a profile of its own. `refusals`: the server will refuse something, which Chromium logs."""
     complaints: list[str] = []
     with browser.new_context(**options) as context:
         page = context.new_page()

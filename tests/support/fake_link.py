@@ -6,40 +6,62 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 
 from server.link.mailbox import Stream
-from server.protocol.messages import Ended, Extras, Generate, LinkState, Ready, Score, Scores, Step, Timings, Token
+from server.protocol.messages import (
+    Ended,
+    EngineFacts,
+    Extras,
+    Generate,
+    LinkState,
+    Ready,
+    Score,
+    Scores,
+    Step,
+    Timings,
+    Token,
+)
 
 TIMINGS = Timings(queue_ms=1.0, prefill_ms=2.0, decode_ms=3.0)
-NUM_LAYERS = 3
-STRETCH = 1000  # scored tokens a message
+NO_EXTRAS = Extras()
 
 
 class FakeLink:
     """Generates `script` over and over, one token a step of `step_s`; scores a token by its id alone.
 
-    A drawn sequence begins its script at its seed. `hang_after` keeps a sequence after so many tokens until it is
-    cancelled or `end_all` is called.
+    A drawn sequence begins its script at its seed. Scores come in messages of `chunk` tokens. `hang_after` keeps a
+    sequence after so many generated tokens, or after so many scored ones and before the last message with scores, until
+    it is cancelled or `end_all` is called.
     """
 
     def __init__(
-        self, script: list[int], *, step_s: float = 0.0, hang_after: int | None = None, max_behind: int = 4096
+        self,
+        script: list[int],
+        *,
+        step_s: float = 0.0,
+        chunk: int = 1000,
+        hang_after: int | None = None,
+        max_behind: int = 4096,
     ) -> None:
         self.script = script
+        self.chunk = chunk
         self.step_s = step_s
         self.hang_after = hang_after
         self.max_behind = max_behind
         self.state: LinkState = "ready"
         self.ready: Ready | None = Ready(
             pid=1,
-            backend="torch",
-            device="cpu",
-            dtype="float32",
-            weights="float32",
-            num_rows=2,
-            state_bytes_per_row=64,
-            batch_invariant=True,
-            spans=((32, 40),),
+            facts=EngineFacts(
+                backend="torch",
+                device="cpu",
+                dtype="float32",
+                weights="float32",
+                num_rows=2,
+                state_bytes_per_row=64,
+                batch_invariant=True,
+                spans=((32, 40),),
+            ),
         )
         self.failure = ""
+        self.blames_model = False
         self.asked_to_end = False
         self.restarts = 0
         self.heartbeat_age_s = 0.1
@@ -102,8 +124,8 @@ class FakeLink:
         self.rows_used += 1
         if message.prompt_extras is not None and place == 0:
             targets = np.frombuffer(message.tokens, dtype="<i4")[1:]
-            for chunk in _stretches(targets):
-                yield fake_scores(name, chunk, message.prompt_extras)
+            for part in self._parts(targets):
+                yield fake_scores(name, part, message.prompt_extras)
         for i in range(message.max_new_tokens):
             if i == self.hang_after:
                 self.num_hanging += 1
@@ -127,33 +149,45 @@ class FakeLink:
         ending = self._endings[name]
         tokens = message.tokens if place == 0 else message.forks[place - 1][1]
         targets = np.frombuffer(tokens, dtype="<i4")[1 + (message.num_shared if place == 0 else 0) :]
-        for chunk in _stretches(targets):
-            if self.hang_after is not None:
+        parts = self._parts(targets)
+        for number, part in enumerate(parts):
+            is_last = number == len(parts) - 1
+            if self.hang_after is not None and (is_last or number * self.chunk >= self.hang_after):
+                self.num_hanging += 1
                 await ending
-            await asyncio.sleep(self.step_s)
+            if number % 2 == 0:  # so that a reader takes one message in some turns, and two in others
+                await asyncio.sleep(self.step_s)
             if ending.done():
                 break
-            yield fake_scores(name, chunk, message.extras)
+            yield fake_scores(name, part, message.extras)
         self._end(name, Ended(name, "scored", TIMINGS))
         yield ending.result()
 
+    def _parts(self, tokens: np.ndarray) -> list[np.ndarray]:
+        return [tokens[start : start + self.chunk] for start in range(0, len(tokens), self.chunk)]
+
 
 def fake_logprobs(tokens: np.ndarray) -> np.ndarray:
-    """What a FakeLink scores tokens with."""
+    """The log-probabilities that a FakeLink gives: quarters, so that sums of them are exact."""
     return (-(tokens % 7) / 4 - 0.25).astype("<f4")
 
 
-def fake_scores(name: str, tokens: np.ndarray, extras: Extras) -> Scores:
-    """All that a FakeLink says of scored tokens: the extras, too, depend on the token alone."""
+def fake_ranks(tokens: np.ndarray) -> np.ndarray:
+    """The ranks that a FakeLink gives."""
+    return (tokens % 3).astype("<i4")
+
+
+def fake_scores(name: str, tokens: np.ndarray, extras: Extras = NO_EXTRAS) -> Scores:
+    """The message of a FakeLink about scored tokens. Every figure depends on the token alone and is exact in binary."""
     tops = np.array(_top(tokens.tolist(), extras.num_top)).reshape(len(tokens), extras.num_top, 2)
-    shares = np.stack([(tokens % 5 + layer) / 10 for layer in range(NUM_LAYERS)], 1)
+    shares = np.stack([tokens / 256, 1 - tokens / 256], axis=1)  # of two layers
     return Scores(
         name,
         fake_logprobs(tokens).tobytes(),
-        (tokens % 3).astype("<i4").tobytes(),
+        fake_ranks(tokens).tobytes(),
         tops[..., 0].astype("<i4").tobytes(),
         tops[..., 1].astype("<f4").tobytes(),
-        (tokens % 4 / 4).astype("<f4").tobytes() if extras.entropy else b"",
+        (tokens / 64).astype("<f4").tobytes() if extras.entropy else b"",
         shares.astype("<f4").tobytes() if extras.memory_share else b"",
     )
 
@@ -161,7 +195,3 @@ def fake_scores(name: str, tokens: np.ndarray, extras: Extras) -> Scores:
 def _top(tokens: list[int], count: int) -> list[tuple[tuple[int, float], ...]]:
     """The token and those after it, each less probable than the one before."""
     return [tuple(((token + i) % 256, -0.5 - i) for i in range(count)) for token in tokens]
-
-
-def _stretches(tokens: np.ndarray) -> list[np.ndarray]:
-    return np.split(tokens, range(STRETCH, len(tokens), STRETCH)) if len(tokens) else []

@@ -7,7 +7,9 @@ from hashlib import blake2b
 
 import numpy as np
 
+from server.config import EngineOptions
 from server.engine.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
+from server.protocol.messages import EngineFacts
 
 VOCABULARY = 251
 NOT_A_NUMBER_TOKEN = 13  # a history that ends with it has no numbers
@@ -24,9 +26,7 @@ def next_token(history: Sequence[int]) -> int:
 
 
 class FakeRunner:
-    """Rows hold the tokens they were fed. Device facts are as a ModelRunner's."""
-
-    backend, device, dtype, weights, state_bytes_per_row, spans = "fake", "fake", "float32", "float32", 8, ((1,),)
+    """Rows hold the tokens they were fed."""
 
     def __init__(self, num_rows: int = 4) -> None:
         self.num_rows = num_rows
@@ -35,12 +35,12 @@ class FakeRunner:
         self.is_broken = False
 
     @classmethod
-    def load(cls, _path: str, *, num_rows: int, **_options: object) -> "FakeRunner":
+    def load(cls, options: EngineOptions) -> "FakeRunner":
         """The factory that an engine process calls."""
-        return cls(num_rows)
+        return cls(options.num_rows)
 
-    def warm_up(self, chunk_tokens: int) -> bool:
-        return chunk_tokens > 0
+    def warm_up(self) -> EngineFacts:
+        return EngineFacts("fake", "fake", "float32", "float32", self.num_rows, 8, True, ((1,),))
 
     def check(self) -> None:
         if self.is_broken:

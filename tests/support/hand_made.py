@@ -47,7 +47,7 @@ def write_artefact(
 
 def file_of(graph: str, kind: str) -> str:
     """Where a graph lies."""
-    return {"onnx": f"{graph}.onnx", "torchscript": "model.pt", "pt2": f"{graph}.pt2"}[kind]
+    return "model.pt" if kind == "torchscript" else f"{graph}.{kind}"
 
 
 def sealed(folder: Path, **changes: object) -> Path:

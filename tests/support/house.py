@@ -18,13 +18,13 @@ class Room:
 # From the ground up: a room may import the rooms that it names, which all stand above it here.
 HOUSE = {
     "model": Room(
-        "config tokenizer bundle artefact folder scoring attention spans cross_entropy adaptive",
-        packages="numpy pydantic safetensors tokenizers torch tqdm",
+        "config tokenizer bundle backends artefact folder scoring attention spans cross_entropy adaptive",
+        packages="numpy pydantic pydantic_core safetensors tokenizers torch tqdm",
     ),
     "model.network": Room("network layer tiled", "model", "torch"),
     "model.sampling": Room("params draw filters penalties", packages="numpy torch"),
     "model.frozen": Room(
-        "baked cache served exported torch_graphs onnx_graphs",
+        "loading baked cache served exported torch_graphs onnx_graphs",
         "model model.network model.sampling",
         "numpy onnxruntime torch",
     ),
@@ -40,14 +40,14 @@ HOUSE = {
         "numpy onnx onnxruntime onnxscript torch tqdm",
     ),
     "server (ground)": Room("errors runtime", packages="msgspec"),
-    "server.config": Room("settings keys", packages="pydantic"),
+    "server.config": Room("settings engine_options sources keys", "model", "pydantic"),
     "server.protocol": Room("messages frames json", "model.sampling", "msgspec"),
     "server.engine": Room(
         "process engine scheduler sequence runner pipe",
-        "model model.frozen model.sampling server.protocol server.(ground)",
+        "model model.frozen model.sampling server.protocol server.config server.(ground)",
         "msgspec numpy torch",
     ),
-    "server.link": Room("supervisor child mailbox", "server.protocol server.config", "msgspec"),
+    "server.link": Room("supervisor child mailbox", "model server.protocol server.config", "msgspec"),
     "server.requests": Room(
         "service admission metrics prompts plan generation group scoring prompt_scores results token_list output_text "
         "coroutine offload",

@@ -50,13 +50,13 @@ async def post(path: str, body: object, *, link: FakeLink | None = None, **optio
 
 
 def serving(link: FakeLink, **settings: Any) -> AbstractAsyncContextManager[int]:
-    """A real uvicorn; gives its port."""
+    """Serve with a real uvicorn and give its port."""
     return serving_app(create_app(settings=Settings(**settings), bundle=make_bundle(), link=link))
 
 
 @asynccontextmanager
 async def serving_app(app: FastAPI) -> AsyncIterator[int]:
-    """The same for any application."""
+    """Serve any application with a real uvicorn and give its port."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
     task = asyncio.create_task(server.serve())
     while not server.started:

@@ -20,12 +20,11 @@ from server.protocol.messages import Ended, Generate, Score, Scores, Token
 ROOT = Path(__file__).parents[2]
 RUNNER = "tests.support.fake_runner:FakeRunner.load"
 FOR_EVER = 10**9  # tokens
-UVLOOP = "asyncio", {"use_uvloop": True}  # the loop of the server
 
 
 @contextmanager
 def left_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Gives this process and its children a folder for temporary files, in which nothing may be left."""
+    """Give this process and its children a folder for temporary files, and check that it is empty at the end."""
     with tempfile.TemporaryDirectory() as name:
         monkeypatch.setattr(tempfile, "tempdir", name)
         monkeypatch.setenv("TMPDIR", name)
@@ -60,7 +59,7 @@ def score(link: EngineLink, name: str, tokens: list[int]) -> Stream:
 
 
 async def collect(stream: Stream) -> list[Token | Scores | Ended]:
-    """All messages, of which exactly one, the last, is an ending."""
+    """Return all messages; exactly one, the last, must be an ending."""
     async with asyncio.timeout(20):
         messages = [message async for message in stream]
     assert [isinstance(message, Ended) for message in messages] == [False] * (len(messages) - 1) + [True]
@@ -80,7 +79,7 @@ async def state(link: EngineLink, expected: str) -> None:
 
 
 def children(pid: int | None = None) -> list[int]:
-    """Processes that a process has started and that are not reaped."""
+    """Return the children of a process (of this one by default) that are not reaped."""
     pid = pid or os.getpid()
     return [
         int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()

@@ -8,36 +8,36 @@ from pathlib import Path
 
 import numpy as np
 
+from server.config import EngineOptions
 from server.engine.sequence import Chunk, ChunkResult
 from tests.support.fake_runner import FakeRunner
 
 SHARES_PER_TOKEN = 1_000_000
 
 
-def refuse(_bundle: str, **_options: object) -> FakeRunner:
+def refuse(_options: EngineOptions) -> FakeRunner:
     raise RuntimeError("no such device")
 
 
-def hang(_bundle: str, **_options: object) -> FakeRunner:
+def hang(_options: EngineOptions) -> FakeRunner:
     time.sleep(3600)
     raise AssertionError
 
 
-def only_once(bundle: str, *, num_rows: int, **_options: object) -> FakeRunner:
-    if _count_starts(bundle) > 1:
+def only_once(options: EngineOptions) -> FakeRunner:
+    if _count_starts(options.bundle) > 1:
         os._exit(7)
-    return FakeRunner(num_rows)
+    return FakeRunner(options.num_rows)
 
 
-def hang_the_second_time(bundle: str, *, num_rows: int, **_options: object) -> FakeRunner:
-    if _count_starts(bundle) == 2:
+def hang_the_second_time(options: EngineOptions) -> FakeRunner:
+    if _count_starts(options.bundle) == 2:
         time.sleep(3600)
-    return FakeRunner(num_rows)
+    return FakeRunner(options.num_rows)
 
 
-def _count_starts(bundle: str) -> int:
+def _count_starts(marks: Path) -> int:
     """This one included."""
-    marks = Path(bundle)
     (marks / str(os.getpid())).touch()
     return len(list(marks.iterdir()))
 

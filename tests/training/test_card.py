@@ -1,4 +1,4 @@
-"""The card of a bundle: tables and pictures, each with a line that says what it shows."""
+"""The card of a bundle: its tables, and its pictures with a caption each."""
 
 import re
 from functools import cache

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was written, or nothing of it is used."""
+"""Checkpoints: a checkpoint that was read equals the saved state, or it is not used at all."""
 
 import os
 import resource
@@ -41,7 +41,7 @@ def loaded_step(folder: Path) -> int | None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the checkpoints 1 and 2; tests put the second back as it was."""
+    """A folder with the checkpoints 1 and 2; tests restore the second after damaging it."""
     folder = tmp_path_factory.mktemp("two")
     save_checkpoint(folder, state(1))
     save_checkpoint(folder, state(2))

@@ -1,4 +1,4 @@
-"""`python -m training.compare`: runs are found where people keep them, and told side by side."""
+"""`python -m training.compare`: runs are found where people keep them, and compared in a table and a picture."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ways to compute the same run: compiled, layer by layer again in the backward pass, with keys kept, in bfloat16."""
+"""Options that compute the same run: compiled layers, recomputed activations, cached keys, bfloat16."""
 
 import shutil
 from pathlib import Path
@@ -43,8 +43,8 @@ def losses(folder: Path, *flags: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
-@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile: make compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of itself
 def test_a_compiled_run_has_the_same_losses(tmp_path):
     plain = losses(tmp_path)
     assert losses(tmp_path, "--compile", "true") == pytest.approx(plain, rel=1e-5)
@@ -66,7 +66,7 @@ def test_in_bfloat16_the_caches_are_kept_in_it_and_the_losses_stay_close(tmp_pat
 
 def test_a_run_that_keeps_keys_begins_alike_and_goes_on_from_what_the_weights_made(tmp_path):
     plain, kept = losses(tmp_path), losses(tmp_path, "--cache", "keys")
-    assert kept[0] == pytest.approx(plain[0], rel=1e-6)  # no past yet
+    assert kept[0] == pytest.approx(plain[0], rel=1e-6)  # the first block has no past
     assert kept == pytest.approx(plain, rel=0.01)
-    assert kept[2:] != pytest.approx(plain[2:], rel=1e-7)  # keys of older weights, whose gradient sees less
+    assert kept[2:] != pytest.approx(plain[2:], rel=1e-7)  # cached keys come from older weights and pass no gradient on
     assert losses(tmp_path, "--cache", "keys", "--checkpoint_activations", "true") == pytest.approx(kept, rel=1e-6)

@@ -1,4 +1,4 @@
-"""A run as data: the TOML file, the flags above it, what both refuse, and every configuration that ships."""
+"""The configuration of a run: the TOML file, the flags, what both reject, and every configuration in configs/."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +43,7 @@ def write(folder: Path, text: str = SMALL) -> str:
 
 
 def with_line(section: str, line: str) -> str:
-    """SMALL with one more line in a section ("" = the top) or, if it has no such section, in a new one."""
+    """SMALL with one more line in a section ("" = the top level), which is added if it is missing."""
     if not section:
         return line + SMALL
     heading = f"[{section}]\n"

@@ -1,4 +1,4 @@
-"""Corpora: the splits of each name, what is refused, and tokens that are encoded once."""
+"""Corpora: the splits of each named corpus, what is rejected, and tokens that are encoded only once."""
 
 import lzma
 import math
@@ -33,7 +33,7 @@ def text_file(folder: Path, content: str | bytes = TEXT, *, name: str = "story.t
 
 
 def sparse_file(folder: Path, size: int) -> Path:
-    """`size` zero bytes that take no room on the disk."""
+    """A file of `size` zero bytes that takes no space on the disk."""
     path = folder / "zeros"
     with path.open("wb") as file:
         file.truncate(size)
@@ -41,7 +41,7 @@ def sparse_file(folder: Path, size: int) -> Path:
 
 
 def cached(folder: Path) -> dict[str, int]:
-    """The files of the cache and when each was written."""
+    """The files of the cache, each with its time of writing."""
     return {path.name: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
 
 
@@ -49,7 +49,7 @@ def test_shakespeare_ships_and_is_split_as_nanogpt_splits_it(tmp_path: Path) -> 
     corpus = load_corpus(data(tmp_path, name="shakespeare"))
     assert (len(corpus.train), len(corpus.valid), corpus.test) == (1_003_854, 111_540, None)
     assert corpus.train.startswith(b"First Citizen:")
-    assert corpus.train.isascii()  # so its bytes are its characters, which is what nanoGPT counts
+    assert corpus.train.isascii()  # so bytes equal characters, which nanoGPT counts
 
 
 @pytest.mark.parametrize("name", ["enwik8", "text8"])
@@ -190,7 +190,7 @@ def test_a_tokenizer_can_be_learned_from_a_sample_that_ends_inside_a_character(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training.corpus, "TOKENIZER_SAMPLE", size)
-    text = "ab cde" * 100 + "é " * 900  # the first é lies at 600 and 601
+    text = "ab cde" * 100 + "é " * 900  # the first é is the bytes 600 and 601
     dataset = prepare(data(tmp_path, path=text_file(tmp_path, text)), TokenizerConfig(kind="bpe", vocab_size=257))
     assert dataset.tokenizer.vocab_size == 257
 

@@ -1,4 +1,4 @@
-"""kill -9 at any moment: what is on the disk is whole and no older than what was told; the run goes on to its end."""
+"""kill -9 at any moment: the checkpoint on the disk is whole and no older than reported, and the run resumes."""
 
 import random
 import time
@@ -51,7 +51,7 @@ def state(step: int) -> dict[str, Any]:
 
 
 def write_for_ever(folder: Path, told: Connection, first: int) -> None:
-    """Checkpoints, each told of once it is written; every third is the best as well."""
+    """Write checkpoints and report each; every third is also the best."""
     for step in range(first, 10**6):
         save_checkpoint(folder, state(step), keep=2)
         told.send(("step", step))
@@ -89,10 +89,12 @@ def test_a_process_killed_while_it_writes_costs_nothing_that_was_told(kills: int
         time.sleep(moments.uniform(0, 0.3))
         forked.end(process, within=0)
         told = last_told(receiver)
-        newest = assert_whole(load_latest(tmp_path, config=SETTINGS), told["step"])  # a broken file would be warned of
+        newest = assert_whole(
+            load_latest(tmp_path, config=SETTINGS), told["step"]
+        )  # a damaged file would cause a warning
         if best or "best" in told:
             best = assert_whole(load_best(tmp_path), told.get("best", best))
-        assert len(list(tmp_path.glob("step-*.pt"))) <= 3  # two stay; the kill may come before the third goes
+        assert len(list(tmp_path.glob("step-*.pt"))) <= 3  # two are kept; the kill may come before the third is deleted
 
 
 def write_config(folder: Path) -> Path:
@@ -109,7 +111,7 @@ def train(config: Path, *flags: str) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of the run that nothing disturbed."""
+    """The weights of a run without interruption."""
     config = write_config(tmp_path_factory.mktemp("undisturbed"))
     process = forked.start(train, config, quiet=config.parent / "said")
     assert forked.end(process) == [0], (config.parent / "said").read_text()
@@ -126,7 +128,7 @@ def newest_step(folder: Path) -> int:
 
 
 def kill_when(config: Path, ready: Callable[[], bool], *, after: float) -> None:
-    """Start the run, and kill it so many seconds after it is ready; it may have ended before."""
+    """Start the run and kill it `seconds` after it is ready; it may have ended before."""
     process = forked.start(train, config, quiet=config.parent / "said")
     while process.is_alive() and not ready():
         time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""Streams: what is read, in which order, what is forgotten, and that a resumed run reads the same."""
+"""Streams: which tokens they read, in which order, when they forget the past, and that a resumed run reads the same."""
 
 import io
 from typing import Any
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from training.config import ConfigError
 from training.data import Batch, Streams
 
-SIZES = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 60))  # streams, block, tokens above the least
+SIZES = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 60))  # streams, block, tokens above the minimum
 
 
 def make(streams: int, block: int, more: int, *, seed: int = 0, reset_prob: float = 0.0) -> Streams:
-    """Streams over the tokens 0, 1, 2, ..., so that a token is its own place."""
+    """Streams over the tokens 0, 1, 2, ..., so that a token equals its position."""
     tokens = np.arange(streams * 2 * block + more)
     return Streams(tokens, num_streams=streams, block=block, seed=seed, reset_prob=reset_prob)
 

@@ -77,7 +77,7 @@ def test_a_file_is_downloaded_once_and_with_a_bar(
 
 
 def test_a_connection_that_is_cut_again_and_again_costs_no_byte_twice(servers: Servers, tmp_path: Path) -> None:
-    pieces = [Answer(cut_after=100_000)] * 14  # more cuts than there are pauses: each brought something
+    pieces = [Answer(cut_after=100_000)] * 14  # more cuts than pauses: each request brought new bytes
     server = serve(servers, *pieces, Answer())
     assert_downloads(remote(server.url), tmp_path)
     assert server.sent == len(CONTENT)
@@ -114,7 +114,7 @@ def test_a_download_that_fails_in_the_middle_is_kept_named_and_continued(
     "second",
     [
         Answer(knows_ranges=False),
-        Answer(range_shift=-5000),  # a server that begins on a block of its own
+        Answer(range_shift=-5000),  # a server that aligns ranges to its own blocks
         Answer(range_shift=5000),
         Answer(headers={"Content-Range": "bytes */*"}, status=206),
     ],
@@ -275,7 +275,7 @@ def test_of_many_that_ask_at_once_one_downloads_and_all_have_the_file(servers: S
     server = serve(servers, Answer(cut_after=HALF), Answer())
     with ThreadPoolExecutor(8) as pool:
         waits = [
-            pool.submit(download, remote(server.url), folder=tmp_path, pauses=(0.3,))  # time for all to come
+            pool.submit(download, remote(server.url), folder=tmp_path, pauses=(0.3,))  # time for all processes to call
             for _ in range(8)
         ]
         assert {wait.result().read_bytes() for wait in waits} == {CONTENT}

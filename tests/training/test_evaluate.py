@@ -1,4 +1,4 @@
-"""The loss of a split: exact, at flat memory, and the same from the command line as in a bundle's card."""
+"""The loss of a split: exact, in constant memory, and the same from the command line as in a bundle's README."""
 
 import json
 import subprocess

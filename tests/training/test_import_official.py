@@ -1,4 +1,4 @@
-"""Importing what the paper's code saves: the bundle computes what that code computes, or the import says why not."""
+"""Import of checkpoints of the paper's code: the bundle computes the same as that code, or the import says why not."""
 
 import hashlib
 import json
@@ -35,14 +35,14 @@ ENWIK8 = "60 109 60 255 \n 0 60 \n \n 32"  # "<m<\xff\n\0<\n\n "
 ENWIK8_IDS = {60: 0, 109: 1, 255: 2, 10: 3, 0: 4, 32: 5}  # official id of each byte
 TEXT8 = "a _ c _ a b"
 TEXT8_IDS = {ord("a"): 0, ord(" "): 1, ord("c"): 2, ord("b"): 3, 10: 4}
-# counts: the 4, cat 3, <eos> 3, <unk> 2, sat 2, on 1, mat 1; of equal counts the last one seen comes first
+# counts: the 4, cat 3, <eos> 3, <unk> 2, sat 2, on 1, mat 1; of equal counts the token seen last comes first
 WORDS = " the cat sat <unk>\n\n the cat sat on the mat <unk> cat the\n"
 WORDS_BY_COUNT = ["the", "\n", "cat", "<unk>", "sat", "mat", "on"]
 WORDS_AS_SEEN = ["the", "cat", "sat", "<unk>", "\n", "on", "mat"]
 
 
 def logits_of(bundle: Bundle, tokens: Sequence[int]) -> list[np.ndarray]:
-    """[T, V] after each of `tokens` on a fresh stream: as trained and as served, in chunks and token by token."""
+    """[T, V] after each of `tokens` on a fresh stream: training form, and baked model in chunks and token by token."""
     network = AllAttentionLM(bundle.config).eval()
     network.load_state_dict({name: torch.from_numpy(array) for name, array in bundle.tensors().items()})
     ids = torch.tensor(list(tokens))
@@ -69,7 +69,7 @@ def stream(num_symbols: int) -> list[int]:
 
 
 def assert_agrees(bundle: Bundle, state: State, our_ids: Sequence[int]) -> None:
-    """The bundle's logits are the official formulas', where official symbol i is our `our_ids[i]`."""
+    """Assert that the bundle's logits equal the official formulas; official symbol i is our `our_ids[i]`."""
     tokens = stream(len(our_ids))
     want = official_logits(state, tokens) if "in_emb.weight" in state else official_logprobs(state, tokens)
     assert np.ptp(want) > 3
@@ -157,7 +157,7 @@ def test_bytes_that_were_no_symbol_have_probability_zero_and_change_nothing(tmp_
         assert (unused == 0).all()
         assert np.isfinite(logits).all()
         assert np.abs(probabilities[:, used] - want).max() < 1e-6
-    (logits, *_) = logits_of(bundle, [1, 2, 3])  # bytes that the model has never seen can still be read
+    (logits, *_) = logits_of(bundle, [1, 2, 3])  # bytes without a symbol can still be input
     assert np.isfinite(logits).all()
 
 

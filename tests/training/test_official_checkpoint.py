@@ -1,4 +1,4 @@
-"""Files that cannot be imported: each is refused, the key or the fault is named, and nothing in it runs."""
+"""Files that cannot be imported: each is rejected with a message that names the key or the error; none runs code."""
 
 import argparse
 import os
@@ -49,7 +49,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(
     assert not trace.exists()
     assert "asks for posix.mkdir" in told
     assert "nothing was run" in told
-    torch.load(path, weights_only=False)  # what the import did not do
+    torch.load(path, weights_only=False)  # the import did not do this
     assert trace.exists()
 
 
@@ -105,7 +105,7 @@ def test_a_file_that_torch_did_not_write_is_refused(
 def test_a_zip_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         for name, content in {"data.pkl": b"", "constants.pkl": b"", "version": b"3\n"}.items():
-            archive.writestr(f"archive/{name}", content)  # as TorchScript writes them, of which torch warns
+            archive.writestr(f"archive/{name}", content)  # as TorchScript writes them; torch warns
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         told = refusal(capsys, tmp_path / "x.pt", tmp_path / "bundle", "--vocab", "bytes")
@@ -134,7 +134,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path, capsys: pytest.Captu
     state[key] = torch.cat((state[key], state[key]), -1)
     told = refused_state(tmp_path, capsys, state)
     assert "has shape" in told
-    # The first of a size is believed, so the complaint may be of what no longer fits to it.
+    # The first tensor with a size determines it, so the message may name another tensor that does not fit.
     if key not in ("key_pe", "layers.0.attn.attn.persistent_memory.key"):
         assert f"error: {key} has shape {list(state[key].shape)}; beside the others it must be" in told
 
@@ -220,5 +220,5 @@ def test_a_missing_part_of_adaptive_embeddings_is_refused(
     state = adaptive_state([3, 2, 2])
     del state[key]
     told = refused_state(tmp_path, capsys, state)
-    table = key.startswith("in_emb.emb_layers")  # whose number is that of the clusters
+    table = key.startswith("in_emb.emb_layers")  # the number of tables is the number of clusters
     assert "emb" in told if table else f"lacks {key}" in told

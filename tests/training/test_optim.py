@@ -1,4 +1,4 @@
-"""Updates: the paper's Adagrad against scalar loops and torch's, what is decayed, clipping, schedules, resuming."""
+"""Optimizers: the paper's Adagrad against scalar loops and torch's; weight decay, clipping, schedules, resuming."""
 
 import copy
 import math
@@ -63,7 +63,7 @@ def test_adagrad_does_what_the_scalar_loop_does(clip: float, decay: float) -> No
     values = [parameter.detach().flatten().tolist() for parameter in ours]
     sums = [[0.0] * len(value) for value in values]
     for step in range(6):
-        slopes = gradients(step, scale=10.0 ** (step % 3 - 1))  # some norms lie below the clip, some above
+        slopes = gradients(step, scale=10.0 ** (step % 3 - 1))  # some norms are below the clip, some above
         for index, (parameter, slope) in enumerate(zip(ours, slopes, strict=True)):
             parameter.grad = slope
             scalar_adagrad(values[index], sums[index], slope.flatten().tolist(), lr=0.07, clip=clip, decay=decay)
@@ -150,7 +150,7 @@ def test_a_step_uses_the_scheduled_rate_and_forgets_the_gradients(name: str) -> 
 
 
 class Persistent(nn.Module):
-    """A model whose hidden weights Muon takes, one of them a matrix for each of two heads."""
+    """A model whose hidden weights Muon updates; one of them has a matrix for each of two heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,10 @@ def test_warm_up_rises_in_a_line_to_the_peak_and_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"),  # of the peak, at these shares of the run: 0, 0.5, 0.74, 0.75, 0.875, 1
+    (
+        "schedule",
+        "expected",
+    ),  # learning rates as shares of the peak, at these shares of the run: 0, 0.5, 0.74, 0.75, 0.875, 1
     [
         ("constant", [1, 1, 1, 1, 1, 1]),
         ("cosine", [0.1 + 0.45 * (1 + math.cos(turn * math.pi)) for turn in (0, 0.5, 0.74, 0.75, 0.875, 1)]),

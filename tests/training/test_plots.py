@@ -1,4 +1,4 @@
-"""The pictures of a bundle: what is in them, where, and that nothing odd in a record breaks them."""
+"""The pictures of a bundle: their content, and that unusual records do not break them."""
 
 import io
 import subprocess
@@ -51,12 +51,12 @@ def falling(num_steps: int = 200) -> list[dict]:
 
 
 def pixels(png: bytes) -> np.ndarray:
-    """[height, width, 3], 0 .. 1."""
+    """The pixels of a PNG, [height, width, 3], 0 .. 1."""
     return imread(io.BytesIO(png), format="png")[..., :3]
 
 
 def where(png: bytes, colour: str) -> np.ndarray:
-    """Which pixels have a colour, [height, width]."""
+    """Whether each pixel has a colour, [height, width]."""
     wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     return np.abs(pixels(png) - wanted).max(-1) < 0.02
 
@@ -87,7 +87,7 @@ def test_the_curves_of_training_and_of_the_valid_split_are_told_apart_by_colour(
 
 
 def dots_in(png: bytes) -> np.ndarray:
-    """Which pixels belong to a head's dot, [height, width]."""
+    """Whether each pixel belongs to the dot of a head, [height, width]."""
     picture = pixels(png)
     return (picture[..., 2] > 0.6) & (picture[..., 0] < 0.3)
 
@@ -114,7 +114,7 @@ def test_a_bar_is_as_high_as_its_share():
 
 def test_heads_that_look_farther_have_higher_dots_on_a_log_scale():
     def height(reach: int) -> float:
-        """Of the dot of a head in layer 1, in pixels from the top. The other heads are behind the bars of medians."""
+        """The height of the dot of a head in layer 1, in pixels from the top; bars of medians hide other dots."""
         png = draw_spans([[32, 32, 32], [reach, 32, 32]], max_span=8192, ramp=32)
         right = dots_in(png)[:, int(WIDTH * DPI) // 2 :]
         return float(np.nonzero(right.any(1))[0].min())

@@ -1,4 +1,4 @@
-"""The record of a run: what is told of its steps, how much of it, and what remains after a kill."""
+"""The record of a run: the content of its lines, their number, and the lines that remain after a kill."""
 
 import json
 import re
@@ -17,7 +17,7 @@ VALID_NATS_PER_BIT = 4.0
 
 
 def report(step: int, *, loss: float = 4.0, norm: float = 1.0) -> Report:
-    """Step `step` of a run of 100 tokens and half a second a step."""
+    """The report of step `step` of a run with 100 tokens and half a second a step."""
     return Report(step, step * 100, loss, norm, 0.01, step * 0.5)
 
 
@@ -103,7 +103,7 @@ def test_a_late_line_is_the_mean_of_its_steps_and_keeps_the_worst_gradient(tmp_p
     with open_record(tmp_path, resume_step=4000) as record:
         for step, loss, norm in ((4001, 3.0, 1.0), (4002, 5.0, 9.0), (4003, 4.0, 2.0), (4004, 4.0, 0.0)):
             record.step(report(step, loss=loss, norm=norm))
-        assert [line["step"] for line in read_metrics(tmp_path)] == [4004]  # a thousandth more than 4000
+        assert [line["step"] for line in read_metrics(tmp_path)] == [4004]  # 0.1 % more than 4000
     (line,) = read_metrics(tmp_path)
     assert (line["num_steps"], line["nats_per_token"]) == (4, 4.0)
     assert (line["gradient_norm"], line["gradient_norm_max"]) == (3.0, 9.0)

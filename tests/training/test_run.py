@@ -1,4 +1,4 @@
-"""`python -m training.run` as a person runs it: to the end, interrupted, killed, and with numbers that explode."""
+"""`python -m training.run` as a person runs it: to the end, interrupted, killed, and with an exploding loss."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ def run(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def interrupt(config: Path, *, after_step: int, signal_number: int) -> tuple[int, str]:
-    """Start a run, send a signal once a checkpoint is there, and return its status and what it said."""
+    """Start a run, send a signal when a checkpoint exists, and return the exit status and the output."""
     checkpoint = config.parent / "bundle.run" / "checkpoints" / f"step-{after_step:09d}.pt"
     with subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
@@ -86,7 +86,7 @@ def interrupt(config: Path, *, after_step: int, signal_number: int) -> tuple[int
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The bundle of a run that nothing disturbed, and what it said."""
+    """The bundle of a run without interruption, and its output."""
     config = write_config(tmp_path_factory.mktemp("whole"))
     return config.parent / "bundle", run(config)
 

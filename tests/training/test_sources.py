@@ -1,4 +1,4 @@
-"""Published corpora: from the web, an archive, a folder or a file, the same bytes or a refusal; the real formats."""
+"""Published corpora from the web, an archive, a folder or a file: the same bytes or an error; the real formats."""
 
 import hashlib
 import io
@@ -77,14 +77,14 @@ def sha256(content: bytes) -> str:
 
 
 def of_files(*texts: str | bytes) -> dict[str, bytes]:
-    """WikiText's archive: three files in a folder, beside things that nobody wants."""
+    """WikiText's archive: three files in a folder, beside unneeded files."""
     contents = [text.encode() if isinstance(text, str) else text for text in texts]
     files = {f"wikitext-103/wiki.{split}.tokens": text for split, text in zip(SPLITS, contents, strict=True)}
     return {"wikitext-103/": b"", "../outside": b"x", "__MACOSX/._wiki.train.tokens": b"x"} | files
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, name: str, archive: Path, *, address: str = "http://x.invalid") -> None:
-    """Let `archive` be what is published as `name`, smaller than the real one."""
+    """Make `archive`, which is smaller than the real one, the published archive of `name`."""
     content = archive.read_bytes()
     members = PUBLISHED[name].members
     if len(members) == 1:
@@ -102,7 +102,7 @@ def _no_proxy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def enwik8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small archive in the place of enwik8's."""
+    """A small archive in place of enwik8's."""
     archive = zipped(tmp_path / "given" / "enwik8.zip", {"enwik8": TEXT})
     publish(monkeypatch, "enwik8", archive)
     return archive
@@ -157,7 +157,7 @@ def test_wikitext_is_its_own_three_files_and_nothing_else_is_unpacked(
 
 
 def field_tokens(text: str, vocabulary: set[str]) -> list[str]:
-    """As the field reads a file (Transformer-XL's add_eos): the words of each line, also an empty one, and <eos>."""
+    """The words of each line, also of an empty line, and <eos>, as in Transformer-XL (add_eos)."""
     tokens = [word for line in io.StringIO(text) for word in (*line.split(), "<eos>")]
     return [word if word in vocabulary else "<unk>" for word in tokens]
 

@@ -16,11 +16,6 @@ from tests.support.http_harness import SCRIPT, eventually, make_client, make_lin
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_a_completion_has_the_shape_of_openai():
     reply = await complete(prompt="abc", max_tokens=9)
     assert reply == {

@@ -24,11 +24,6 @@ from tests.support.http_harness import SCRIPT, eventually, make_bundle, make_cli
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_logprobs_are_four_lists_over_the_completion():
     (choice,) = (await complete(prompt="x", max_tokens=6, logprobs=2))["choices"]
     lists = choice["logprobs"]

@@ -5,11 +5,6 @@ from tests.support.http_harness import make_client, make_link
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_the_one_model_is_listed_and_found_by_its_name():
     async with make_client(make_link()) as client:
         listed = (await client.get("/v1/models")).json()

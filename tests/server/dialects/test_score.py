@@ -22,8 +22,8 @@ from server.protocol.messages import Ended, Extras
 from server.requests.results import ScoreOutput
 from server.requests.scoring import Document, Scoring, ScoringPlan
 from server.requests.service import Service
-from tests.support.http_harness import eventually, make_bundle, make_client, read_events
-from tests.support.scoring_link import TIMINGS, ScoringLink, ids_in, ids_of, logprobs_of, scores_of
+from tests.support.fake_link import TIMINGS, FakeLink, fake_logprobs, fake_scores
+from tests.support.http_harness import eventually, make_bundle, make_client, make_link, read_events
 
 pytestmark = pytest.mark.anyio
 
@@ -31,25 +31,28 @@ PER_UNIT = ["perplexity", "word_perplexity", "bits_per_token", "bits_per_byte", 
 FIGURES = ["num_tokens", "num_bytes", "num_chars", "num_words", "logprob", *PER_UNIT]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-async def score(link: ScoringLink | None = None, **body: Any) -> Any:
+async def score(link: FakeLink | None = None, **body: Any) -> Any:
     reply = await post(link, **body)
     assert reply.status_code == 200, reply.text
     return read_events(reply.text) if body.get("stream") else reply.json()
 
 
-async def post(link: ScoringLink | None = None, **body: Any) -> httpx.Response:
-    async with make_client(link or ScoringLink()) as client:  # type: ignore[arg-type]
+async def post(link: FakeLink | None = None, **body: Any) -> httpx.Response:
+    async with make_client(link or make_link()) as client:
         return await client.post("/score", json=body)
+
+
+def ids_in(raw: bytes) -> np.ndarray:
+    return np.frombuffer(raw, dtype="<i4")
+
+
+def ids_of(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8).astype("<i4")
 
 
 def expected(tokens: np.ndarray) -> dict[str, Any]:
     """To the last bit, for the log-probabilities of the fake are quarters."""
-    figures = Figures.of(BytesTokenizer(), tokens.tolist(), logprobs_of(tokens).tolist())
+    figures = Figures.of(BytesTokenizer(), tokens.tolist(), fake_logprobs(tokens).tolist())
     return {name: None if getattr(figures, name) == math.inf else getattr(figures, name) for name in FIGURES}
 
 
@@ -74,7 +77,7 @@ def start(link: Any, tokens: np.ndarray, *, context: str = "") -> Scoring:
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 async def test_a_document_is_scored_in_the_units_of_the_shared_function(chunk):
     text = "It was a dark  night, ça va → là.\n"
-    reply = await score(ScoringLink(chunk=chunk), inputs=text)
+    reply = await score(make_link(chunk=chunk), inputs=text)
     assert figures_in(reply) == expected(ids_of(text)[1:])
     assert reply["is_greedy"] is False
     assert "tokens" not in reply
@@ -84,7 +87,7 @@ async def test_a_document_is_scored_in_the_units_of_the_shared_function(chunk):
 def test_sums_over_stretches_are_the_sums_over_the_whole(sizes, text):
     tally, tokens = Tally(BytesTokenizer()), ids_of(text)
     for part in np.split(tokens, np.cumsum(sizes)):  # stretches begin and end within characters too
-        tally.add(part.tolist(), logprobs_of(part).tolist())
+        tally.add(part.tolist(), fake_logprobs(part).tolist())
     assert {name: getattr(tally.score, name) for name in FIGURES} == expected(tokens)
 
 
@@ -103,11 +106,11 @@ async def test_a_text_of_first_choices_is_greedy():
 
 @pytest.mark.parametrize(("prefix", "num_prefix"), [("\n\n", 2), (10, 1)])
 async def test_a_prefix_gives_the_first_token_a_score_and_is_not_scored_itself(prefix, num_prefix):
-    link = ScoringLink()
+    link = make_link()
     reply = await score(link, inputs="abc", prefix=prefix, **{"return": ["tokens"]})
     assert ids_in(link.submitted[0].tokens).tolist() == [10] * num_prefix + [97, 98, 99]
     assert link.submitted[0].num_shared == num_prefix - 1
-    assert [token["logprob"] for token in reply["tokens"]] == logprobs_of(ids_of("abc")).tolist()
+    assert [token["logprob"] for token in reply["tokens"]] == fake_logprobs(ids_of("abc")).tolist()
     assert (reply["num_tokens"], reply["num_bytes"]) == (3, 3)
 
 
@@ -140,9 +143,9 @@ async def test_memory_does_not_grow_with_a_document_whose_tokens_are_not_listed(
             if not self.left:
                 return [Ended("1", "scored", TIMINGS)]
             self.left -= 1000
-            return [scores_of("1", np.full(1000, 97))]
+            return [fake_scores("1", np.full(1000, 97))]
 
-    link: Any = ScoringLink()
+    link: Any = make_link()
     link.submit = lambda message: [Endless()]
     scoring = start(link, np.full(num, 97, dtype="<i4"), context="\n")
     tracemalloc.start()
@@ -169,7 +172,7 @@ async def test_continuations_are_what_they_add_to_the_context():
 
 
 async def test_the_context_is_told_to_the_engine_once():
-    link = ScoringLink()
+    link = make_link()
     await score(link, inputs=["abc", "d"], continuations=[["x", "yz", "w"], ["v"]], prefix="\n")
     first, second = link.submitted
     assert (ids_in(first.tokens).tolist(), first.num_shared) == ([10, 97, 98, 99, 120], 3)
@@ -214,11 +217,11 @@ async def test_the_first_token_has_no_score_without_a_prefix():
     ],
 )
 async def test_what_is_asked_of_a_token_and_only_that_is_told(asked, extras, fields):
-    link = ScoringLink()
+    link = make_link()
     tokens = (await score(link, inputs="ab", **asked))["tokens"]
     assert link.submitted[0].extras == extras
     assert tokens[0] == {"id": 97, "text": "a", "logprob": None, "rank": None, **dict.fromkeys(fields)}
-    assert tokens[1] == {"id": 98, "text": "b", "logprob": logprobs_of(ids_of("b"))[0], "rank": 2, **fields}
+    assert tokens[1] == {"id": 98, "text": "b", "logprob": fake_logprobs(ids_of("b"))[0], "rank": 2, **fields}
 
 
 async def test_the_most_probable_five_are_told_if_no_number_is_given():
@@ -231,11 +234,11 @@ async def test_texts_never_split_a_character_and_join_to_the_whole(chunk):
     text = "é→𝄞 é"
     texts = [
         token["text"]
-        for token in (await score(ScoringLink(chunk=chunk), inputs=text, **{"return": ["tokens"]}))["tokens"]
+        for token in (await score(make_link(chunk=chunk), inputs=text, **{"return": ["tokens"]}))["tokens"]
     ]
     assert set(texts) == {"", "é", "→", "𝄞", " "}
     assert "".join(texts) == text
-    cut = (await score(ScoringLink(chunk=chunk), inputs=[97, 0xC3], **{"return": ["tokens"]}))["tokens"]
+    cut = (await score(make_link(chunk=chunk), inputs=[97, 0xC3], **{"return": ["tokens"]}))["tokens"]
     assert [token["text"] for token in cut] == ["a", "\ufffd"]
 
 
@@ -246,8 +249,8 @@ async def test_texts_never_split_a_character_and_join_to_the_whole(chunk):
 @pytest.mark.parametrize("returned", [[], ["tokens"], ["top", "entropy", "memory_share"]])
 async def test_a_stream_adds_up_to_the_plain_reply(chunk, returned):
     body: dict[str, Any] = {"inputs": "It was ça → dark é", "return": returned}
-    plain = await score(ScoringLink(chunk=chunk), **body)
-    events = await score(ScoringLink(chunk=chunk), **body, stream=True)
+    plain = await score(make_link(chunk=chunk), **body)
+    events = await score(make_link(chunk=chunk), **body, stream=True)
     tokens = [token for event in events for token in event.get("tokens", [])]
     assert tokens == plain.pop("tokens", [])
     assert events[-1]["reply"] == plain
@@ -261,14 +264,14 @@ async def test_a_stream_adds_up_to_the_plain_reply(chunk, returned):
 async def test_the_replies_of_lists_are_numbered_through():
     body = {"inputs": ["ab", "abc"], "continuations": [["xyz", "u"], ["vw"]]}
     plain = await score(**body)
-    events = await score(ScoringLink(chunk=1), **body, stream=True)
+    events = await score(make_link(chunk=1), **body, stream=True)
     replies = {event["sequence"]: event["reply"] for event in events if event["reply"]}
     assert [replies[i] for i in range(3)] == [*plain[0], *plain[1]]
     assert [event["sequence"] for event in await score(inputs=["ab"], stream=True)] == [0]
 
 
 async def test_scores_are_sent_before_the_end():
-    link = ScoringLink(chunk=1, hang=True)
+    link = make_link(chunk=1, hang_after=2)
     scoring = start(link, ids_of("abcd"))
     sent: list[str] = []
 
@@ -299,10 +302,10 @@ async def test_scores_are_sent_before_the_end():
 )
 async def test_what_was_not_scored_to_its_end_is_an_error_plain_and_streamed(finish_reason, status, code):
     for stream in (False, True):
-        link = ScoringLink(chunk=1, hang=True)
+        link = make_link(hang_after=0)
         request = asyncio.create_task(post(link, inputs=["ab", "cd"], stream=stream))
-        await eventually(lambda link=link: len(link.streams) == 2)
-        link.end_all(finish_reason)
+        await eventually(lambda link=link: link.num_hanging == 2)
+        link.end_all(finish_reason, error="broken" if finish_reason == "error" else "")
         reply = await request
         error = read_events(reply.text)[-1] if stream else reply.json()
         assert reply.status_code == (200 if stream else status)
@@ -310,7 +313,7 @@ async def test_what_was_not_scored_to_its_end_is_an_error_plain_and_streamed(fin
 
 
 async def test_a_request_names_its_own_deadline_and_itself():
-    link = ScoringLink()
+    link = make_link()
     await score(link, inputs="ab", timeout_s=2.5)
     assert link.submitted[0].timeout_s == 2.5
     assert ScoreRequest(inputs="a").timeout_s is None
@@ -319,18 +322,17 @@ async def test_a_request_names_its_own_deadline_and_itself():
 
 
 async def test_a_live_request_is_cancelled_by_the_name_it_gave_itself():
-    link = ScoringLink(hang=True)
-    async with make_client(link) as client:  # type: ignore[arg-type]
+    link = make_link(hang_after=0)
+    async with make_client(link) as client:
         request = asyncio.create_task(client.post("/score", json={"inputs": ["ab", "cd"], "request_id": "mine-1"}))
-        await eventually(lambda: len(link.streams) == 2)
+        await eventually(lambda: link.num_hanging == 2)
         assert (await client.delete("/requests/mine-1")).json() == {"request_id": "mine-1", "cancelled": 2}
-        assert link.cancelled == list(link.streams)
-        link.end_all("cancelled")
+        assert link.cancelled == [name for message in link.submitted for name in message.ids]
         assert (await request).status_code == 499
 
 
 async def test_a_stream_that_never_began_frees_its_rows():
-    link = ScoringLink(hang=True)
+    link = make_link(hang_after=0)
     scoring = start(link, ids_of("ab"))
     scoring.close()
     scoring.close()
@@ -341,7 +343,7 @@ async def test_a_stream_that_never_began_frees_its_rows():
 
 
 async def test_every_documented_request_is_answered():
-    async with make_client(ScoringLink()) as client:  # type: ignore[arg-type]
+    async with make_client(make_link()) as client:
         described = (await client.get("/openapi.json")).json()["paths"]["/score"]["post"]
         examples = described["requestBody"]["content"]["application/json"]["examples"]
         asked: set[str] = set()

@@ -5,13 +5,7 @@ import pytest
 from server.dialects.score.schema import MAX_CONTINUATIONS, ScoreRequest
 from server.errors import InvalidField
 from server.web.body import parse
-from tests.support.http_harness import make_client
-from tests.support.scoring_link import ScoringLink
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+from tests.support.http_harness import make_client, make_link
 
 
 @pytest.mark.parametrize("prefix", [None, "a", 0])
@@ -73,8 +67,8 @@ def test_a_wrong_field_is_named(body, param):
 )
 @pytest.mark.anyio
 async def test_what_only_the_server_can_refuse_is_named_before_the_engine_hears_of_it(body, param):
-    link = ScoringLink()
-    async with make_client(link) as client:  # type: ignore[arg-type]
+    link = make_link()
+    async with make_client(link) as client:
         reply = await client.post("/score", json=body)
     assert (reply.status_code, reply.json()["error"]["param"]) == (422, param)
     assert not link.submitted

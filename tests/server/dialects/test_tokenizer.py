@@ -22,11 +22,6 @@ TOKENIZERS = {
 }
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(params=TOKENIZERS)
 def tokenizer(request) -> Tokenizer:
     return TOKENIZERS[request.param]

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from model.artefact import GRAPHS
+from server.config import EngineOptions
 from server.engine.runner import ModelRunner
 from tests.support.agreement_bundle import TEXT
 from tests.support.artefacts import BACKENDS, EACH_BACKEND, artefact_of, served_folder
@@ -251,7 +252,7 @@ def test_threads_of_onnx_runtime_are_as_many_as_asked_for_and_free_to_move():
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_each_session_of_onnx_runtime_has_one_worker_less_than_threads(num_threads):
     def load() -> ModelRunner:
-        return ModelRunner.load(folder, num_rows=1, device="cpu", num_threads=num_threads)
+        return ModelRunner.load(EngineOptions(bundle=folder, num_rows=1, device="cpu", num_threads=num_threads))
 
     folder, before = served_folder("masked", "onnx"), torch.get_num_threads()
     try:
@@ -259,6 +260,6 @@ def test_each_session_of_onnx_runtime_has_one_worker_less_than_threads(num_threa
         count = len(cores_of_threads(Path("/proc/self")))
         runners.append(load())
         assert len(cores_of_threads(Path("/proc/self"))) - count == (num_threads - 1) * len(GRAPHS)
-        assert [runner.backend for runner in runners] == ["onnx", "onnx"]
+        assert [runner.model.backend for runner in runners] == ["onnx", "onnx"]
     finally:
         torch.set_num_threads(before)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.sampling.params import SamplingParams
+from server.config import EngineOptions
 from server.engine.engine import Engine
 from server.protocol.messages import Extras, Generate, Score, Step
 from tests.support.fake_runner import (
@@ -16,6 +17,8 @@ from tests.support.fake_runner import (
     FakeRunner,
     next_token,
 )
+
+DEFAULTS = EngineOptions()
 
 
 def packed(tokens):
@@ -59,7 +62,7 @@ class Log:
 
 
 def test_a_prompt_is_continued_to_its_length():
-    engine = Engine(FakeRunner())
+    engine = Engine(FakeRunner(), DEFAULTS)
     engine.submit(generate("a", [1, 2, 3], max_new_tokens=7))
     log = Log().drain(engine)
     assert log.tokens["a"] == continuation([1, 2, 3], 7)
@@ -67,7 +70,7 @@ def test_a_prompt_is_continued_to_its_length():
 
 
 def test_a_stop_token_ends_a_sequence_and_is_said():
-    engine = Engine(FakeRunner())
+    engine = Engine(FakeRunner(), DEFAULTS)
     expected = continuation([1, 2, 3], 3)
     engine.submit(generate("a", [1, 2, 3], max_new_tokens=50, end_ids=[expected[2]]))
     log = Log().drain(engine)
@@ -76,7 +79,7 @@ def test_a_stop_token_ends_a_sequence_and_is_said():
 
 
 def test_a_document_is_scored_whole_and_one_of_a_single_token_has_no_scores():
-    engine = Engine(FakeRunner(), chunk_tokens=4)
+    engine = Engine(FakeRunner(), EngineOptions(chunk_tokens=4))
     engine.submit(Score("long", packed(range(100, 130))))
     engine.submit(Score("single", packed([7])))
     log = Log().drain(engine)
@@ -87,7 +90,7 @@ def test_a_document_is_scored_whole_and_one_of_a_single_token_has_no_scores():
 
 def test_a_long_prompt_does_not_stall_those_that_generate():
     runner = FakeRunner()
-    engine = Engine(runner, chunk_tokens=8, budget_tokens=8)
+    engine = Engine(runner, EngineOptions(chunk_tokens=8, budget_tokens=8))
     engine.submit(generate("fast", [1], max_new_tokens=30))
     engine.step()
     engine.submit(Score("slow", packed([9] * 200)))
@@ -98,7 +101,7 @@ def test_a_long_prompt_does_not_stall_those_that_generate():
 
 
 def test_a_short_prompt_behind_a_long_document_is_read_in_turn():
-    engine = Engine(FakeRunner(), chunk_tokens=8, budget_tokens=8)
+    engine = Engine(FakeRunner(), EngineOptions(chunk_tokens=8, budget_tokens=8))
     engine.submit(Score("slow", packed([9] * 400)))
     engine.submit(generate("short", [1, 2, 3], max_new_tokens=1))
     log = Log()
@@ -108,7 +111,7 @@ def test_a_short_prompt_behind_a_long_document_is_read_in_turn():
 
 
 def test_a_row_without_a_number_fails_alone():
-    engine = Engine(FakeRunner())
+    engine = Engine(FakeRunner(), DEFAULTS)
     engine.submit(generate("good", [1, 2]))
     engine.submit(generate("bad", [1, NOT_A_NUMBER_TOKEN]))
     engine.submit(Score("document", packed([1, NOT_A_NUMBER_TOKEN, 5])))
@@ -122,7 +125,7 @@ def test_a_row_without_a_number_fails_alone():
     ("token", "error"), [(RAISE_TOKEN, "RuntimeError"), (OUT_OF_MEMORY_TOKEN, "MemoryError: the fake device has no")]
 )
 def test_a_row_that_fails_ends_alone(token, error):
-    engine = Engine(FakeRunner(), chunk_tokens=4)
+    engine = Engine(FakeRunner(), EngineOptions(chunk_tokens=4))
     engine.submit(generate("good", [1, 2], max_new_tokens=30))
     engine.submit(generate("bad", [1, 2, 3, 4, token]))
     engine.submit(Score("document", packed([1, 2, 3, token, 5])))
@@ -139,7 +142,7 @@ def test_a_failure_of_one_rows_decoding_ends_that_row_alone():
                 raise RuntimeError("this one")
             return super().decode(rows, tokens, draws)
 
-    engine = Engine(Fragile())
+    engine = Engine(Fragile(), DEFAULTS)
     for name in range(3):
         engine.submit(Generate(str(name), packed([name + 1]), SamplingParams(seed=name), 10))
     log = Log().drain(engine)
@@ -150,7 +153,7 @@ def test_a_failure_of_one_rows_decoding_ends_that_row_alone():
 
 @pytest.mark.parametrize("others", [0, 2])
 def test_a_device_that_fails_ends_the_engine(others):
-    engine = Engine(FakeRunner())
+    engine = Engine(FakeRunner(), DEFAULTS)
     for name in range(others):
         engine.submit(generate(str(name), [1], max_new_tokens=50))
     engine.submit(generate("a", [RAISE_ALL_TOKEN]))
@@ -160,7 +163,7 @@ def test_a_device_that_fails_ends_the_engine(others):
 
 def test_what_is_late_ends_with_what_it_has():
     now = 0.0
-    engine = Engine(FakeRunner(1), clock=lambda: now)
+    engine = Engine(FakeRunner(1), DEFAULTS, clock=lambda: now)
     engine.submit(generate("runs", [1], max_new_tokens=50, timeout_s=2.0))
     engine.submit(generate("waits", [1], timeout_s=1.0))
     engine.submit(generate("patient", [1]))
@@ -177,7 +180,7 @@ def test_what_is_late_ends_with_what_it_has():
 
 
 def test_deadlines_of_what_has_ended_are_forgotten():
-    engine = Engine(FakeRunner())
+    engine = Engine(FakeRunner(), DEFAULTS)
     for name in range(1000):
         engine.submit(generate(str(name), [1], max_new_tokens=1, timeout_s=1e6))
         Log().drain(engine)
@@ -194,14 +197,14 @@ def test_reading_takes_no_longer_than_the_generating_can_bear():
             now += sum(len(chunk.tokens) for chunk in chunks) / 1000
             return super().extend(chunks)
 
-    engine = Engine(Slow(), chunk_tokens=2, budget_tokens=64, prefill_ms=10, clock=lambda: now)
+    engine = Engine(Slow(), EngineOptions(chunk_tokens=2, budget_tokens=64, prefill_ms=10), clock=lambda: now)
     engine.submit(generate("fast", [1], max_new_tokens=200))
     engine.step()
     for name in range(3):
         engine.submit(Score(str(name), packed([9] * 300)))
     sizes = [engine.step().num_prefilled for _ in range(20)]
     assert max(sizes) == 6  # three rows with a chunk each: a row reads one chunk a step
-    engine = Engine(Slow(8), chunk_tokens=2, budget_tokens=64, prefill_ms=5, clock=lambda: now)
+    engine = Engine(Slow(8), EngineOptions(chunk_tokens=2, budget_tokens=64, prefill_ms=5), clock=lambda: now)
     engine.submit(generate("fast", [1], max_new_tokens=200))
     engine.step()
     for name in range(7):
@@ -214,14 +217,14 @@ def test_reading_takes_no_longer_than_the_generating_can_bear():
 
 def test_forks_read_their_prompt_once_and_continue_it_each_in_its_own_way():
     runner = FakeRunner(2)
-    engine = Engine(runner, chunk_tokens=4)
+    engine = Engine(runner, EngineOptions(chunk_tokens=4))
     sampling = SamplingParams(temperature=1.0, seed=1)
     forks = (("b", 2), ("c", 3), ("d", 4))
     engine.submit(Generate("a", packed(range(20, 30)), sampling, 6, forks=forks))
     log = Log().drain(engine)
     assert sum(size for kind, size in runner.calls if kind == "extend") == 10
     for name, seed in (("a", 1), *forks):
-        alone = Engine(FakeRunner(1))
+        alone = Engine(FakeRunner(1), DEFAULTS)
         alone.submit(Generate("alone", packed(range(20, 30)), SamplingParams(temperature=1.0, seed=seed), 6))
         assert log.tokens[name] == Log().drain(alone).tokens["alone"]
         assert log.ended[name].finish_reason == "length"
@@ -230,7 +233,7 @@ def test_forks_read_their_prompt_once_and_continue_it_each_in_its_own_way():
 @pytest.mark.parametrize("num_shared", [0, 1, 5, 9])
 def test_continuations_are_scored_from_one_reading_of_their_context(num_shared):
     runner = FakeRunner(2)
-    engine = Engine(runner, chunk_tokens=4)
+    engine = Engine(runner, EngineOptions(chunk_tokens=4))
     context, tails = list(range(20, 21 + num_shared)), [[50, 51], [60], [70, 71, 72, 73, 74, 75]]
     forks = tuple((name, packed([context[-1], *tail])) for name, tail in zip("bc", tails[1:], strict=True))
     engine.submit(Score("a", packed(context + tails[0]), num_shared, forks=forks))
@@ -243,7 +246,7 @@ def test_continuations_are_scored_from_one_reading_of_their_context(num_shared):
 
 
 def test_prompt_scores_come_before_the_first_token():
-    engine = Engine(FakeRunner(), chunk_tokens=4)
+    engine = Engine(FakeRunner(), EngineOptions(chunk_tokens=4))
     engine.submit(generate("a", range(20, 30), prompt_extras=Extras()))
     engine.submit(generate("single", [20], prompt_extras=Extras()))
     log = Log().drain(engine)
@@ -255,7 +258,7 @@ def test_prompt_scores_come_before_the_first_token():
 @pytest.mark.parametrize("when", [0, 1, 3])
 @pytest.mark.parametrize("who", ["a", "b"])
 def test_a_cancelled_member_leaves_no_row_behind(who, when):
-    engine = Engine(FakeRunner(1), chunk_tokens=4)
+    engine = Engine(FakeRunner(1), EngineOptions(chunk_tokens=4))
     sampling = SamplingParams(temperature=1.0, seed=1)
     engine.submit(Generate("a", packed(range(20, 28)), sampling, 6, forks=(("b", 2), ("c", 3))))
     log = Log()
@@ -268,7 +271,7 @@ def test_a_cancelled_member_leaves_no_row_behind(who, when):
 
 
 def test_shutdown_ends_everything_once():
-    engine = Engine(FakeRunner(2))
+    engine = Engine(FakeRunner(2), DEFAULTS)
     for name in "abcd":
         engine.submit(generate(name, [1, 2], max_new_tokens=50))
     log = Log()
@@ -281,7 +284,7 @@ def test_shutdown_ends_everything_once():
 
 def test_timings_tell_queue_prompt_and_decoding_apart():
     times = iter(range(1000))
-    engine = Engine(FakeRunner(1), clock=lambda: float(next(times)))
+    engine = Engine(FakeRunner(1), DEFAULTS, clock=lambda: float(next(times)))
     engine.submit(generate("a", [1, 2]))
     engine.submit(generate("b", [1, 2]))
     log = Log().drain(engine)
@@ -295,7 +298,7 @@ def test_timings_tell_queue_prompt_and_decoding_apart():
 
 def test_idle_high_rows_are_not_decoded():
     runner = FakeRunner(8)
-    engine = Engine(runner)
+    engine = Engine(runner, DEFAULTS)
     for number in range(7):
         engine.submit(generate(str(number), [number + 1], max_new_tokens=3))
     engine.submit(generate("last", [9], max_new_tokens=40))
@@ -317,7 +320,7 @@ action = st.one_of(
 @given(actions=st.lists(action, max_size=40), num_rows=st.integers(1, 5), chunk=st.integers(1, 9))
 def test_whatever_happens_every_sequence_ends_once_and_reads_only_its_own_tokens(actions, num_rows, chunk):
     runner = FakeRunner(num_rows)
-    engine = Engine(runner, chunk_tokens=chunk, budget_tokens=2 * chunk)
+    engine = Engine(runner, EngineOptions(chunk_tokens=chunk, budget_tokens=2 * chunk))
     log, asked = Log(), {}
     for number, (kind, *details) in enumerate(actions):
         name = str(number)
@@ -348,7 +351,7 @@ def test_whatever_happens_every_sequence_ends_once_and_reads_only_its_own_tokens
 
 
 def test_the_row_of_a_cancelled_sequence_serves_the_next_one_in_the_next_step():
-    engine = Engine(FakeRunner(1))
+    engine = Engine(FakeRunner(1), DEFAULTS)
     engine.submit(generate("a", [1], max_new_tokens=500))
     engine.submit(generate("b", [1], max_new_tokens=1))
     log = Log()

@@ -10,11 +10,6 @@ from server.protocol.messages import Ended, Token
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_take_gives_all_that_is_there():
     stream = Stream(max_behind=3)
     taking = asyncio.create_task(stream.take())

@@ -21,7 +21,6 @@ from tests.support.fake_runner import DIE_TOKEN, RAISE_ALL_TOKEN, STALL_TOKEN
 from tests.support.link_harness import (
     FOR_EVER,
     RUNNER,
-    UVLOOP,
     becomes_true,
     children,
     ending,
@@ -53,11 +52,6 @@ async def main():
 
 uvloop.run(main())
 """
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, bool]]:
-    return UVLOOP
 
 
 @pytest.fixture(autouse=True)

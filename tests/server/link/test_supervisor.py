@@ -8,15 +8,10 @@ import pytest
 from model.sampling.params import SamplingParams
 from server.protocol.messages import Ended, Extras, Generate, Scores, Step, Token
 from tests.support.fake_runner import RAISE_TOKEN, next_token
-from tests.support.link_harness import UVLOOP, collect, ending, generate, left_empty, packed, running, score
+from tests.support.link_harness import collect, ending, generate, left_empty, packed, running, score
 from tests.support.odd_runner import SHARES_PER_TOKEN
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, bool]]:
-    return UVLOOP
 
 
 @pytest.fixture(autouse=True)

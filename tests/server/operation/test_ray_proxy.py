@@ -14,11 +14,6 @@ pytestmark = pytest.mark.anyio
 EVENT = b'data: {"index":1}\n\n'
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
     """Hands on what the path says of an answer, and returns, as Ray Serve's does where the replica has died."""
     head, _, rest = scope["path"].strip("/").partition("/")

@@ -1,7 +1,6 @@
 """Two replicas under Ray Serve on this machine: streams, clients that leave, and a replica that is killed under load.
 
-Ray listens on every interface, so this only runs where there is none but the loopback (see `make test-ray`):
-    unshare -rn sh -c 'ip link set lo up && exec python -m pytest tests/server/operation/test_ray_serve.py'
+Ray listens on every interface, so these tests run only where there is no interface but the loopback: `make test-ray`.
 """
 
 import asyncio
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,13 @@ def only_loopback() -> bool:
     return names == ["lo"]
 
 
-pytest.importorskip("ray", reason="Ray Serve is an extra: pip install 'allattn[ray]'")
 pytestmark = [
     pytest.mark.anyio,
+    pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(600),  # two replicas start, and later a third one
-    pytest.mark.skipif(not only_loopback(), reason="Ray listens on every interface; run this where there is only lo"),
+    pytest.mark.skipif(find_spec("ray") is None or not only_loopback(), reason="run by `make test-ray`"),
 ]
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +223,11 @@ async def test_a_replica_killed_under_load_ends_its_streams_with_an_error_and_co
             if reply.status_code == 503:
                 assert reply.json()["error"]["code"] == "engine_down"
                 assert int(reply.headers["retry-after"]) >= 1
-        assert not Path(f"/proc/{victim}").exists()
+
+        async def is_gone() -> bool:
+            return not Path(f"/proc/{victim}").exists()
+
+        await until(is_gone, within_s=5)
 
         async def is_back() -> bool:
             return len(await health_of_all(client)) == 2

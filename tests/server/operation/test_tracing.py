@@ -39,11 +39,6 @@ SECRET = "the secret prompt"
 BODY = {"inputs": SECRET, "parameters": {"max_new_tokens": 4}}
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Traced:
     """The application over a fake engine, and the spans that have ended."""
 

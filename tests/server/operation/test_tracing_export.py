@@ -35,11 +35,6 @@ SECRET = "the secret prompt"
 BODY = {"inputs": SECRET, "parameters": {"max_new_tokens": 4}}
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 COLLECTOR = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
 
 

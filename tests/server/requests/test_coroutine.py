@@ -9,11 +9,6 @@ from server.requests.coroutine import begin
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Door:
     """A coroutine's path through two doors."""
 

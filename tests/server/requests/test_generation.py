@@ -17,11 +17,6 @@ from tests.support.http_harness import SCRIPT, eventually, make_bundle, make_cli
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def body(inputs: Any = "x", *, stream: bool = False, **parameters: Any) -> dict[str, Any]:
     return {"inputs": inputs, "stream": stream, "parameters": {"max_new_tokens": 4, **parameters}}
 

@@ -11,11 +11,6 @@ from tests.support.http_harness import eventually, make_client, make_link, post,
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def message(link: FakeLink) -> Generate:
     sent = link.submitted[-1]
     assert isinstance(sent, Generate)

@@ -20,11 +20,6 @@ __all__ = ["log_lines"]  # a fixture
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 # API keys
 
 

@@ -17,11 +17,6 @@ ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def leave_early(port: int, rng: random.Random, number: int) -> None:
     """One client: it asks for something long, and is gone after up to 150 ms."""
     path, body = rng.choice(

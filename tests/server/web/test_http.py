@@ -18,11 +18,6 @@ from tests.support.http_harness import eventually, make_bundle, make_client, mak
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 # errors
 
 

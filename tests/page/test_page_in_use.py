@@ -1,4 +1,4 @@
-"""The playground in a real browser over the bundle that ships: what a person sees and does."""
+"""The page in a real browser, over the bundle that ships, where all goes well: what a person sees and does."""
 
 import json
 import time
@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.support.browser import CHROMIUM, MISSING, chromium, opened
+from tests.support.browser import CHROMIUM, MISSING, opened
 from tests.support.live_server import ROOT, live_server
 
 expect.set_options(timeout=20_000)  # milliseconds; the cores may be busy
@@ -27,12 +27,6 @@ def url() -> Iterator[str]:
     with live_server(BUNDLE) as address:
         wait_until_ready(address)
         yield f"{address}/"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
-"""What goes wrong around the playground, in a real browser: keys, odd input, refusals, a server that is gone.
-
-test_server_playground_browser.py has what it does when all goes well.
-"""
+"""The page in a real browser where something is wrong: keys, odd input, refusals, a server that is gone."""
 
 import json
 from collections.abc import Iterator
@@ -9,9 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
-from tests.support.browser import CHROMIUM, MISSING, chromium
+from tests.support.browser import CHROMIUM, MISSING
 from tests.support.live_server import ROOT, live_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=MISSING)]
@@ -24,12 +21,6 @@ PHONE = {"width": 390, "height": 844}
 def url() -> Iterator[str]:
     with live_server(ROOT / "bundles/default", "--num-rows", "4", keys=KEY) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture

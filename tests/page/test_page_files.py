@@ -1,4 +1,4 @@
-"""The playground without a browser: what is served, and that the page asks for nothing that the API does not have."""
+"""The files of the page, without a browser: how they are served, and that they ask for nothing that the API lacks."""
 
 import re
 from html.parser import HTMLParser
@@ -24,11 +24,6 @@ FILES = sorted(path.name for path in FOLDER.iterdir())
 SCRIPTS = [name for name in FILES if name.endswith(".js")]
 MAX_BYTES = 60_000
 KEY = "correct-horse-battery"
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 def read(name: str) -> str:

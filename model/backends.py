@@ -1,0 +1,112 @@
+"""The table of backends, which compute models, and the options of loading a model. Loads no torch.
+
+A new backend is a row of this table, the file that the row names and the tests of that file. The choices of --backend,
+the kinds of artefacts, the loader and the checks of settings are derived from the table.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+
+AUTO: Final = "auto"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute a model: a row of the table."""
+
+    name: str  # in --backend, in the manifest of an artefact and in GET /info
+    runs: Literal["bundle", "artefact"]  # an artefact names the one backend that runs it
+    loader: str  # module:function, see `loading.LoadBundle` and `exported.LoadGraphs`; imported when a model is loaded
+    package: str = ""  # that the loader's module imports, beside torch
+    extra: str = ""  # of allattn, which installs the package
+    has_providers: bool = False  # the setting `provider` has a meaning
+    has_own_threads: bool = False  # it computes in other threads than those of OpenMP
+
+    def import_loader(self) -> Callable[..., Any]:
+        """Returns the function that `loader` names. Raises ImportError."""
+        module, _, function = self.loader.partition(":")
+        load: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return load
+
+
+BACKENDS = {
+    row.name: row
+    for row in (
+        Backend("torch", runs="bundle", loader="model.frozen.loading:load_torch"),
+        Backend("torchscript", runs="artefact", loader="model.frozen.torch_graphs:load_script"),
+        Backend(
+            "onnx",
+            runs="artefact",
+            loader="model.frozen.onnx_graphs:OnnxGraphs",
+            package="onnxruntime",
+            extra="onnx",
+            has_providers=True,
+            has_own_threads=True,
+        ),
+        Backend("pt2", runs="artefact", loader="model.frozen.torch_graphs:load_packages"),
+    )
+}
+
+
+def backends_for(kind: str | None) -> list[Backend]:
+    """Returns the backends that run a model; `auto` means the first one.
+
+    Args:
+        kind: the kind of an artefact; None = the model is a bundle.
+    """
+    return [row for row in BACKENDS.values() if (row.runs == "bundle" if kind is None else row.name == kind)]
+
+
+def names(rows: Iterable[Backend]) -> tuple[str, ...]:
+    """Returns the names of some rows."""
+    return tuple(row.name for row in rows)
+
+
+def _artefact_kinds() -> tuple[str, ...]:
+    return names(row for row in BACKENDS.values() if row.runs == "artefact")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """An annotation: the text must be one of some names, which each check looks up, since the table may grow."""
+
+    names: Callable[[], tuple[str, ...]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """pydantic calls this; returns the type's own schema and then the check."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, text: str) -> str:
+        *others, last = map(repr, self.names())
+        if text not in self.names():
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+        return text
+
+
+ArtefactKind = Annotated[str, OneOf(_artefact_kinds)]
+BackendChoice = Annotated[str, OneOf(lambda: (AUTO, *BACKENDS))]
+
+
+class LoadOptions(BaseModel):
+    """The options of loading a model. The server's settings inherit them (server/config)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+
+    backend: BackendChoice = Field(
+        default=AUTO, description="what computes; auto is torch for a bundle, and for an artefact what it was made for"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="number format of a bundle's weights and state; an artefact has its own"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default=AUTO, description="auto takes a GPU where there is one")
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        default=AUTO, description="execution provider of an ONNX artefact; auto goes with the device"
+    )
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of the engine; as torch chooses if not set"
+    )
