@@ -1,6 +1,5 @@
 """The pages in docs/ are true: links lead somewhere, commands name what there is, and what can be run is run."""
 
-import importlib
 import json
 import re
 import shlex
@@ -18,20 +17,16 @@ from server import reference
 from server.config import Settings
 from server.config.sources import ENV_PREFIX
 from server.requests.metrics import Metrics
-from tests.support.artefacts import SHIPPED, shipped_folder
-from tests.support.live_server import live_server
+from tests.docs.commands import PAGES, ROOT, blocks, commands
+from tests.support.artefacts import shipped_folder
+from tests.support.house import HOUSE, room_names
 
-ROOT = Path(__file__).parents[2]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *DOCS]
+WITH_LINKS = [*PAGES, ROOT / "configs" / "README.md", ROOT / "CHANGELOG.md"]
 LINK = re.compile(r"\]\((?!https?://)([^)\s]+)\)")
-LINES = [
-    line
-    for page in DOCS
-    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    for line in block.splitlines()
-]
-FOREIGN = ("openssl", "chmod", "docker", "kubectl")
+LINES = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
+FOREIGN = ("openssl", "chmod", "docker", "kubectl", "serve")  # the last one is Ray's
 VENV = ".venv/bin/"
 OWN_FOLDERS = ("configs/", "deploy/", "docs/", "bundles/default")
 PATHS = json.loads((ROOT / "docs" / "openapi.json").read_text())["paths"]
@@ -45,7 +40,7 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", WITH_LINKS, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_relative_link_leads_somewhere(page):
     broken = []
     for link in LINK.findall(page.read_text()):
@@ -71,8 +66,8 @@ def test_the_reference_is_what_the_application_gives(name):
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_command_names_what_there_is(line, capsys):
-    words = shlex.split(line)
+def test_a_command_names_what_there_is(line):
+    words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
     for word in words:
         if word.startswith(OWN_FOLDERS):
             assert (ROOT / word).exists(), word
@@ -84,10 +79,10 @@ def test_a_command_names_what_there_is(line, capsys):
         assert "/" + url.split("/", 3)[3] in PATHS
     elif program == "make":
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    elif program not in FOREIGN:
+    elif program.removeprefix(VENV) not in FOREIGN:
         assert program.startswith(VENV), program
         if module := module_of(program.removeprefix(VENV), arguments):
-            check_flags(module, arguments, capsys)
+            check_flags(module, arguments)
 
 
 def module_of(program: str, arguments: list[str]) -> str | None:
@@ -105,19 +100,17 @@ def module_of(program: str, arguments: list[str]) -> str | None:
     return module
 
 
-def check_flags(module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def check_flags(module: str, arguments: list[str]) -> None:
     flags = {word.partition("=")[0] for word in arguments if word.startswith("--")} - {"--help"}
     for flag in flags:
-        assert re.search(rf"{re.escape(flag)}[\s,]", help_of(module, capsys)), f"{module} has no {flag}"
+        assert re.search(rf"{re.escape(flag)}[\s,]", help_of(module)), f"{module} has no {flag}"
 
 
 @cache
-def help_of(module: str, capsys: pytest.CaptureFixture[str]) -> str:
-    name = f"{module}.__main__" if module == "server" else module
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        importlib.import_module(name).main(["--help"])
-    return capsys.readouterr().out
+def help_of(module: str) -> str:
+    """What `python -m module --help` prints."""
+    command = [sys.executable, "-m", module, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def inline_flags() -> Iterator[tuple[str, str]]:
@@ -128,10 +121,18 @@ def inline_flags() -> Iterator[tuple[str, str]]:
                 yield page.name, flag
 
 
-def test_every_flag_that_is_spoken_of_exists(capsys):
-    ours = "".join(help_of(command.module, capsys) for command in COMMANDS.values())
-    ours += help_of("training.import_official", capsys)
-    foreign = {"--gpus", "--stop-timeout", "--build-arg", "--adapt-span-ramp", "--section.key"}
+def test_every_flag_that_is_spoken_of_exists():
+    ours = "".join(help_of(command.module) for command in COMMANDS.values())
+    ours += help_of("training.import_official")
+    foreign = {
+        "--gpus",
+        "--stop-timeout",
+        "--build-arg",
+        "--adapt-span-ramp",
+        "--section.key",
+        "--model",
+        "--model_args",
+    }
     spoken = set(inline_flags())
     assert len(spoken) > 20
     assert [(page, flag) for page, flag in sorted(spoken) if flag not in foreign and f"{flag} " not in ours] == []
@@ -142,41 +143,47 @@ def test_every_metric_that_is_spoken_of_exists():
         state, restarts, heartbeat_age_s, rows_used, num_waiting, tokens_waiting = "ready", 0, 0.0, 0, 0, 0
 
     metrics = Metrics(Engine(), num_rows=1)  # type: ignore[arg-type]
-    there = {family.name for family in metrics._registry.collect()}
+    there = {family.name for family in metrics.registry.collect()}
     spoken = set(re.findall(r"`(allattn_\w+)`", (ROOT / "docs" / "operations.md").read_text()))
     assert len(spoken) > 12
     assert {name.removesuffix("_total") for name in spoken} - there == set()
 
 
-@pytest.mark.parametrize(
-    "word", re.findall(r"`([a-z]\w*/?[\w]*\.py)`", (ROOT / "docs" / "architecture.md").read_text())
-)
-def test_every_file_of_the_architecture_exists(word):
-    assert any((ROOT / folder / word).exists() for folder in ("", "server", "model", "training", "export")), word
+@pytest.mark.parametrize("word", sorted(set(re.findall(r"`([\w/]+(?:\.py|/))`", ARCHITECTURE.read_text()))))
+def test_every_file_and_folder_of_the_architecture_exists(word):
+    assert any((ROOT / folder / word).exists() for folder in ("", "server", "server/engine")), word
 
 
-def test_the_picture_has_both_lights_and_asks_for_nothing():
-    picture = (ROOT / "docs" / "architecture.svg").read_text()
-    assert "prefers-color-scheme: dark" in picture
-    assert re.findall(r"https?://[^\"]+", picture) == ["http://www.w3.org/2000/svg"]
+def folders_of_the_server() -> set[str]:
+    return {folder.parent.name for folder in (ROOT / "server").glob("*/__init__.py")}
 
 
-@pytest.mark.slow
-def test_every_request_of_the_reference_is_answered():
-    curls = [line for line in LINES if line.startswith("curl") and " -d " in line]
-    assert len(curls) >= 5
-    with live_server(SHIPPED) as url:
-        for line in curls:
-            command = shlex.split(line.replace("http://127.0.0.1:8000", url))
-            done = subprocess.run([*command, "-sS", "--fail-with-body"], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-            assert "error" not in json.loads(done.stdout)
+def test_the_architecture_and_its_picture_name_every_room_of_the_server():
+    assert len(folders_of_the_server()) >= 8
+    for file in (ARCHITECTURE, ARCHITECTURE.with_suffix(".svg")):
+        assert {room for room in folders_of_the_server() if f"{room}/" not in file.read_text()} == set(), file.name
+
+
+def test_the_rooms_import_what_the_architecture_says():
+    """The table of rooms and tests/support/house.py, which is the rule, say the same."""
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]+) \|$", ARCHITECTURE.read_text(), flags=re.MULTILINE)
+    said = {room: set(re.findall(r"\w+", words)) & {"model", *folders_of_the_server()} for room, words in rows}
+    allowed: dict[str, set[str]] = {}
+    for room in HOUSE:
+        package, _, name = room.partition(".")
+        if package == "server" and name:
+            others = {other.removeprefix("server.").partition(".")[0] for other in room_names(room)}
+            allowed.setdefault(name.partition(".")[0], set()).update(others)
+    rooms = {"model", *folders_of_the_server()}
+    assert {room: said[room] for room in allowed} == {
+        room: (others & rooms) - {room} for room, others in allowed.items()
+    }
 
 
 @pytest.mark.slow
 def test_the_snippet_runs_without_this_project(tmp_path, capfd):
     """It says what the project says, and imports nothing of it."""
-    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), flags=re.DOTALL)
+    [snippet] = blocks((ROOT / "docs" / "export.md").read_text(), "python")
     (tmp_path / "generate.py").write_text(snippet)
     folder = shipped_folder("onnx")
     capfd.readouterr()
