@@ -1,0 +1,1 @@
+"""Frozen networks: what serves them, and their state."""
