@@ -206,6 +206,7 @@ void configure_tiles() {
     memset(&shapes, 0, sizeof shapes);
     shapes.palette = 1;
     for (int i = 0; i < 8; ++i) shapes.bytes[i] = 64, shapes.rows[i] = TILE_ROWS;
+    asm volatile("" ::"r"(&shapes) : "memory");  // GCC takes the tile instructions for ones that read no memory
     _tile_loadconfig(&shapes);
 }
 
@@ -267,7 +268,7 @@ INLINE void tile_rows(const Product& p, int row, int block) {
         if constexpr (FOUR) {
 #pragma GCC unroll 16
             for (int quad = 0; quad < GROUP / 4; ++quad) store_bytes(unpacked + quad * 64, unpack_nibbles(w, quad));
-            asm volatile("" ::"r"(unpacked) : "memory");  // the compiler does not know that tile loads read memory
+            asm volatile("" ::"r"(unpacked) : "memory");  // see configure_tiles
             w = unpacked;
         }
         _tile_zero(0);
