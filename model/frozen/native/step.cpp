@@ -117,6 +117,11 @@ void put_pair(const Model& m, char* keys, char* values, long slot, const float* 
     }
 }
 
+// Have memory on its way to the second-level cache.
+void prefetch(const char* from, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 char* values_of(const Model& m, const Head& h, char* ring) { return ring + h.slots * m.head * m.ring_element(); }
 
 // q, k, v of a chunk into qkv [rows, 3 D'], and k and v where the caller wants them.
@@ -176,13 +181,17 @@ void attend(Call& c, int layer, int head, int row, int rows, Scratch& s) {
         memcpy(s.query.f + r * m.head, s.qkv + r * 3 * m.head, size_t(m.head) * sizeof(float));
     score_constants(m, h, rows, s);
     float sums[MAX_ROWS];
+    long S = h.slots, bytes = S * m.head * m.ring_element();
     for (int r = 0; r < rows; ++r) {
-        long which = c.rows[row + r], length = c.lengths[which], S = h.slots, next = length % S;
+        long which = c.rows[row + r], length = c.lengths[which], next = length % S;
         char *keys = c.rings + which * m.row_bytes + h.ring, *values = values_of(m, h, keys);
         float *context = s.context + r * m.context_ld + MARGIN, *query = s.query.f + r * m.head;
+        prefetch(values, bytes);
         bool older = length >= S || !m.shape.mask_empty;  // slots next .. S - 1 hold the older part
-        if (older) multiply_keys(m, keys, next / BLOCK, int((S - next / BLOCK * BLOCK) / BLOCK), query, context - next % BLOCK, 0, 1);
+        long whole = next / BLOCK;  // the block that both parts share is computed twice
+        if (older) multiply_keys(m, keys, whole, int(S / BLOCK - whole), query, context - next % BLOCK, 0, 1);
         multiply_keys(m, keys, 0, int(divided_up(next, BLOCK)), query, context + S - next, 0, 1);
+        if (r + 1 < rows) prefetch(c.rings + c.rows[row + r + 1] * m.row_bytes + h.ring, bytes);
         sums[r] = normalise(c, layer, head, row, r, length, s);
         float* out = s.values + r * m.head;
         multiply_values(m, values, next, older ? S - next : 0, context, 0, out, 1, false);
