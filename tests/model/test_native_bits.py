@@ -1,4 +1,4 @@
-"""The order of every sum is a property of the model: equal bits of logits and of rings, whatever computes them with what.
+"""The order of every sum is a property of the model: equal bits of logits and rings, whatever computes them.
 
 Not in whom else the batch holds, in which chunks a text is read, on how many threads, in which variant, from which slot
 on a ring is used: a row's numbers depend on its own tokens alone.
@@ -12,7 +12,7 @@ import torch
 from native_models import native, random_tokens, tiled_network
 
 from model.frozen.native.folding import ring_slots
-from model.frozen.native.library import WEIGHTS, runnable_variants
+from model.frozen.native.library import DRAW, WEIGHTS, runnable_variants
 from model.frozen.native.lm import NativeLM
 
 LENGTH = 150  # beyond every ring: 16 to 96 slots
@@ -171,8 +171,6 @@ def turned(model: NativeLM, rings: torch.Tensor, by: int) -> torch.Tensor:
 def test_a_fused_draw_leaves_what_decode_and_commit_leave(weights, empty_slots):
     model = native(tiled_network(empty_slots), weights=weights)
     apart, fused = model.allocate(3), model.allocate(3)
-    from model.frozen.native.library import DRAW
-
     rows = np.array([2, 0])
     for i, token in enumerate(TOKENS[:100].tolist()):
         fed = torch.tensor([token, 0, (token * 7 + i) % 300])

@@ -5,6 +5,7 @@ loaded. The library's name holds a digest of its sources, so a stale one is neve
 """
 
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -26,9 +27,10 @@ KERNELS = {  # instructions of each variant, in the order of `Variant` in kernel
 }
 # GCC 12 takes the undefined lanes in its own AVX-512 header for a mistake of ours.
 FLAGS = (
-    "-std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math "
-    "-Wall -Wextra -Werror -Wno-maybe-uninitialized -Wno-missing-field-initializers"
-).split()
+    *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-missing-field-initializers"),
+)
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -60,13 +62,11 @@ def find_compiler() -> list[str]:
     for name in COMPILERS:
         if found := shutil.which(name):
             return [found]
-    try:
-        import ziglang  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("ziglang") is None:
         raise NativeError(
-            f"no C++ compiler found ({', '.join(COMPILERS)}): the native step cannot be built and torch serves instead, "
-            "some ten times slower; apt-get install g++, or pip install ziglang"
-        ) from None
+            f"no C++ compiler found ({', '.join(COMPILERS)}): the native step cannot be built, and torch serves "
+            "several times slower; apt-get install g++, or pip install ziglang"
+        )
     return [sys.executable, "-m", "ziglang", "c++"]
 
 

@@ -24,7 +24,7 @@ class Folded(NamedTuple):
 
     part: str
     layer: int
-    index: int  # the head or the cluster
+    place: int  # the head or the cluster
     values: Array
 
 

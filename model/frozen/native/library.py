@@ -67,7 +67,9 @@ def load_library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise NativeError(f"{path} does not load: {error}; delete it and run python -m model.frozen.native.build") from None
+        raise NativeError(
+            f"{path} does not load: {error}; delete it and run python -m model.frozen.native.build"
+        ) from None
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     signatures: dict[str, tuple[type | None, tuple[type, ...]]] = {
         "can_run": (i32, (i32,)),

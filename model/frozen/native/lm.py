@@ -1,7 +1,7 @@
 """A frozen model on a CPU, computed by the native step: `ServedLM` without torch's operators.
 
-The order of every sum is a property of the model: a row gets the same bits alone and in any batch, in one chunk or token
-by token, on any number of threads, wherever its rings begin, and in every variant.
+The order of every sum is a property of the model: a row gets the same bits alone and in any batch, in one chunk or
+token by token, on any number of threads, wherever its rings begin, and in every variant.
 
 Sizes: B rows, T new tokens, E width, H heads, D head size, V vocabulary, V' = V rounded up to 16.
 """
@@ -19,10 +19,19 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from model.config import ModelConfig
+from model.frozen.native.build import NativeError
 from model.frozen.native.cache import NativeCache
 from model.frozen.native.folding import BLOCK, clusters, fold, reaches, ring_slots
-from model.frozen.native.library import DRAW, PARTS, VARIANTS, WEIGHTS, NativeError, Shape
-from model.frozen.native.library import check_choice, choose_variant, load_library
+from model.frozen.native.library import (
+    DRAW,
+    PARTS,
+    VARIANTS,
+    WEIGHTS,
+    Shape,
+    check_choice,
+    choose_variant,
+    load_library,
+)
 
 RINGS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_THREADS = 256
@@ -84,9 +93,9 @@ class NativeLM:
         self._library, self._lock, self._reserved = load_library(), threading.Lock(), 0
         self._handle = self._open(shape)
         weakref.finalize(self, self._library.allattn_close, self._handle)
-        for part, layer, index, values in fold(config, tensors):
+        for part, layer, place, values in fold(config, tensors):
             array = np.ascontiguousarray(values, np.float32)
-            self._library.allattn_set(self._handle, PARTS.index(part), layer, index, array.ctypes.data)
+            self._library.allattn_set(self._handle, PARTS.index(part), layer, place, array.ctypes.data)
         self.row_bytes = int(self._library.allattn_row_bytes(self._handle))
         self.weight_bytes = int(self._library.allattn_weight_bytes(self._handle))
         self._padded_vocab = -(-config.vocab_size // BLOCK) * BLOCK
@@ -251,7 +260,9 @@ class NativeLM:
 
     def _check(self, wrong: int, tokens: NDArray[np.int64]) -> None:
         if wrong:
-            raise NativeError(f"token {tokens[wrong - 1]} is not in the vocabulary; allowed: 0 .. {self.config.vocab_size - 1}")
+            raise NativeError(
+                f"token {tokens[wrong - 1]} is not in the vocabulary; allowed: 0 .. {self.config.vocab_size - 1}"
+            )
 
 
 def load_native(
