@@ -3,8 +3,7 @@
 Sizes: R rows, T new tokens, H heads, D head size.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,17 +11,17 @@ from torch import Tensor
 
 from model.cache import RowSnapshot
 
-if TYPE_CHECKING:
-    from model.frozen.native.lm import NativeLM
+Commit = Callable[["NativeCache", Sequence[int], Sequence[Tensor], Sequence[int]], None]
 
 
 class NativeCache:
     """Rings and lengths of a fixed number of rows."""
 
-    def __init__(self, model: "NativeLM", *, num_rows: int) -> None:
-        self.rings = torch.zeros(num_rows, model.row_bytes, dtype=torch.uint8)  # [R, bytes], see `Head` in model.h
+    def __init__(self, *, num_rows: int, row_bytes: int, commit: Commit) -> None:
+        """`commit` writes new keys and values in the layout of the model's step."""
+        self.rings = torch.zeros(num_rows, row_bytes, dtype=torch.uint8)  # [R, bytes], see `Head` in model.h
         self.lengths = np.zeros(num_rows, dtype=np.int64)  # [R], tokens each row has consumed, never clipped
-        self._model = model
+        self._commit = commit
 
     @property
     def bytes_per_row(self) -> int:
@@ -56,4 +55,4 @@ class NativeCache:
             new: for each layer keys and values [rows, T, 2, H, D], what a step returned.
             num_new: how many of the T tokens of each row are real; the rest is padding and leaves no trace.
         """
-        self._model.commit(self, rows, new, num_new)
+        self._commit(self, rows, new, num_new)

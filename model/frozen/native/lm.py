@@ -113,7 +113,7 @@ class NativeLM:
 
     def allocate(self, num_rows: int) -> NativeCache:
         """Rings for a number of live streams, all fresh."""
-        return NativeCache(self, num_rows=num_rows)
+        return NativeCache(num_rows=num_rows, row_bytes=self.row_bytes, commit=self.commit)
 
     def decode(self, tokens: Tensor, cache: NativeCache) -> tuple[Tensor, list[Tensor]]:
         """One new token [B] of each of the first rows: logits [B, V] fp32 and, per layer, pairs [B, 1, 2, H, D].
