@@ -84,7 +84,7 @@ class NativeLM:
             config.vocab_size,
             kind,
             WEIGHTS.index(rings),
-            kind,
+            WEIGHTS.index("int8" if weights == "int4" else weights),  # of the output: int4 loses too much there
             int(config.empty_slots == "masked"),
             len(clusters(config)),
             self.num_threads,

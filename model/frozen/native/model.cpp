@@ -62,17 +62,21 @@ namespace {
 
 float to_whole(float x) { return (x + ROUNDER) - ROUNDER; }
 
-// The scale of 64 weights: the one of a few that loses least. int8 takes the largest weight's.
-float choose_scale(const float* group, int limit) {
+// The scale of 64 weights. int8: the largest becomes 127. int4 has one more number below zero than above: of a few
+// scales of both signs, the one that loses least.
+float choose_scale(const float* group, WeightKind kind) {
     float most = 0;
     for (int i = 0; i < GROUP; ++i) most = std::fmax(most, std::fabs(group[i]));
-    if (limit > 8 || most == 0) return most / float(limit);
-    float best = most / float(limit), least = INFINITY;
-    for (int step = 0; step < 16; ++step) {
-        float scale = most / (6.0f + 0.2f * float(step)), loss = 0;  // up to 9: the largest weights are cut
+    if (kind == INT8 || most == 0) return most / 127.0f;
+    float best = 0, least = INFINITY;
+    for (int step = 0; step < 40; ++step) {
+        float scale = most / (6.0f + 0.15f * float(step / 2)) * (step % 2 ? -1.0f : 1.0f), loss = 0;
+        float inverse = 1.0f / scale;
         for (int i = 0; i < GROUP; ++i) {
-            float whole = std::fmin(7.0f, std::fmax(-8.0f, to_whole(group[i] / scale)));
-            loss += (group[i] - whole * scale) * (group[i] - whole * scale);
+            float whole = to_whole(group[i] * inverse);
+            whole = whole > 7.0f ? 7.0f : whole < -8.0f ? -8.0f : whole;
+            float wrong = group[i] - whole * scale;
+            loss += wrong * wrong;
         }
         if (loss < least) least = loss, best = scale;
     }
@@ -82,11 +86,11 @@ float choose_scale(const float* group, int limit) {
 void pack_group(const Matrix& m, const float* group, long g, long column) {
     int limit = m.kind == INT8 ? 127 : 7, lowest = m.kind == INT8 ? -127 : -8;
     long groups = m.depth / GROUP, block = column / BLOCK, lane = column % BLOCK;
-    float scale = choose_scale(group, limit);
+    float scale = choose_scale(group, m.kind);
     uint8_t* bytes = (uint8_t*)m.data + (block * groups + g) * GROUP * BLOCK / (m.kind == INT8 ? 1 : 2);
     int32_t sum = 0;
     for (int k = 0; k < GROUP; ++k) {
-        float exact = scale > 0 ? to_whole(group[k] / scale) : 0.0f;
+        float exact = scale != 0 ? to_whole(group[k] / scale) : 0.0f;
         int whole = int(std::fmin(float(limit), std::fmax(float(lowest), exact)));
         sum += whole;
         long place = k / 4 * 64 + lane * 4 + k % 4;
