@@ -1,15 +1,15 @@
 """Tokens per second of a model at several batch sizes, beside what this machine's memory and arithmetic allow.
 
     python -m benchmarks.decode [--bundle DIR] [--dtype float32|bfloat16] [--batches 1 8 32] [--repeats 7] [--text FILE]
+    python -m benchmarks.decode --backend native [--weights float32|bfloat16|int8|int4] [--native-variant NAME] ...
 
 DIR is a bundle or an artefact, or `paper`: the paper's 18-layer shape of 39 M parameters with random weights and spans
-of up to 256 tokens. No HTTP: the runner's own `decode`, greedy, after a prompt of 64 tokens. With --text the bits per
-byte of its first 100 kB too. The last line is JSON.
+of up to 256 tokens. No HTTP: the runner's own `decode`, greedy, after a prompt of 64 tokens, or the native step's call
+that decodes, draws and commits. With --text the bits per byte of its first 100 kB too. The last line is JSON.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -20,10 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks import client
 from benchmarks.load import PAPER, write_paper_bundle
 from model.artefact import is_artefact, open_artefact
 from model.bundle import open_bundle
 from model.config import ModelConfig
+from model.frozen.native.library import DRAW, WEIGHTS
+from model.frozen.native.lm import NativeLM, load_native
 from model.scoring import Score
 from model.served import score_document
 from model.tokenizer import Tokenizer
@@ -54,6 +57,29 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
     side = 2048
     left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
     return bandwidth, 2 * side**3 / best(lambda: left @ right)
+
+
+def int8_ceiling() -> float:
+    """Operations per second of a large product of int8 matrices."""
+    side = 2048
+    left, right = (torch.randint(-9, 9, (side, side), dtype=torch.int8) for _ in range(2))
+    return 2 * side**3 / best(lambda: torch._int_mm(left, right))
+
+
+def native_rate(model: NativeLM, batch: int, *, repeats: int) -> float:
+    """Median tokens per second of all rows together, each step one call."""
+    cache, rows = model.allocate(batch), np.arange(batch)
+    prompt = torch.arange(PROMPT)[None].expand(batch, -1)
+    _, new = model.extend(prompt, cache, rows.tolist())
+    cache.commit(rows.tolist(), new, [PROMPT] * batch)
+    draws, last, rates = np.zeros(batch, DRAW), np.ones(batch, np.int64), []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        for _ in range(STEPS):
+            draws["position"] = cache.lengths + 1
+            last, _, _ = model.decode_and_draw(last, cache, rows=rows, draws=draws)
+        rates.append(batch * STEPS / (time.perf_counter() - begun))
+    return statistics.median(rates[1:])
 
 
 def decode_rate(runner: ModelRunner, *, repeats: int) -> float:
@@ -103,6 +129,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, default=Path("bundles/default"), help="or an artefact, or `paper`")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a bundle")
+    parser.add_argument("--backend", choices=("torch", "native"), default="torch", help="of a bundle")
+    parser.add_argument("--weights", choices=WEIGHTS, default="float32", help="of the native step")
+    parser.add_argument("--native-variant", default="auto", help="the native step's instructions")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch-invariant", choices=("true", "false"), default="true")
@@ -117,27 +146,40 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, object]:
     """All figures of one model."""
     described = open_artefact(bundle).bundle if is_artefact(bundle) else open_bundle(bundle)
 
+    native = (
+        load_native(open_bundle(bundle), weights=args.weights, variant=args.native_variant)
+        if args.backend == "native"
+        else None
+    )
+
     def load(batch: int) -> ModelRunner:
+        if native:
+            return ModelRunner(native, num_rows=batch)  # type: ignore[arg-type]
         invariant = args.batch_invariant == "true"
         return ModelRunner.load(bundle, num_rows=batch, dtype=args.dtype, device="cpu", batch_invariant=invariant)
 
     runner = load(1)
     bandwidth, flops = ceilings(DTYPES.get(runner.weights, torch.float32))
+    if native and native.weights.startswith("int"):
+        flops = int8_ceiling()
     rows = []
     for batch in tqdm(args.batches, desc="batch sizes"):
         runner = load(batch)
-        achieved = decode_rate(runner, repeats=args.repeats)
+        achieved = (
+            native_rate(native, batch, repeats=args.repeats) if native else decode_rate(runner, repeats=args.repeats)
+        )
         possible = possible_rate(runner, described.config, bandwidth=bandwidth, flops=flops)
         rows.append({"batch": batch, "tokens_per_s": round(achieved), "possible": round(possible)})
         rows[-1]["share"] = round(achieved / possible, 3)
     return {
         "backend": runner.backend,
+        "variant": native and native.variant,
         "weights": runner.weights,
         "parameters": described.config.num_parameters,
         "dtype": runner.dtype,
         "state_bytes_per_row": runner.cache.bytes_per_row,
         "bits_per_byte": args.text and round(bits_per_byte(runner, described.tokenizer, args.text), 5),
-        "machine": platform.processor() or platform.machine(),
+        "machine": client.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "read_GB_per_s": round(bandwidth / 1e9, 1),
