@@ -8,7 +8,7 @@ MINUTES ?= 60
 
 RUN = .venv/bin/python
 
-.PHONY: serve train test test-fast check bench soak docs browser docker-check test-ray clean
+.PHONY: serve train test test-fast check check-native bench soak docs browser docker-check test-ray clean
 
 serve: .venv
 	@$(RUN) -m server --bundle $(BUNDLE) --port $(PORT)
@@ -30,6 +30,10 @@ check: .venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# The native step under the address, undefined-behaviour and thread sanitizers; some minutes.
+check-native: .venv
+	PYTHONPATH=. $(RUN) tests/model/native_check.py
 
 bench: .venv
 	$(RUN) -m benchmarks.training

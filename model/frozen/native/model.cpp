@@ -19,7 +19,11 @@ void Arena::clear() {
 }
 
 void* Arena::take_bytes(long bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    constexpr long HUGE_PAGE = 64, PIECE = 0;  // every array by itself, so that its ends are guarded
+#else
     constexpr long HUGE_PAGE = 2 << 20, PIECE = 16 << 20;
+#endif
     bytes = round_up(bytes, 64);
     if (bytes > remaining) {
         long size = round_up(bytes > PIECE ? bytes : PIECE, HUGE_PAGE);
