@@ -242,6 +242,14 @@ void bfloat16(const Product& p) {
                 }
                 if (lower && right) _tile_dpbf16ps(3, 5, 7);
             }
+            float* y = p.y + row * p.ldy + block * BLOCK;
+            if (row + 2 * TILE_ROWS <= p.rows && right) {
+                _tile_stored(0, y, p.ldy * 4);
+                _tile_stored(1, y + BLOCK, p.ldy * 4);
+                _tile_stored(2, y + TILE_ROWS * p.ldy, p.ldy * 4);
+                _tile_stored(3, y + TILE_ROWS * p.ldy + BLOCK, p.ldy * 4);
+                continue;
+            }
             _tile_stored(0, tile, 64);
             store_rows(tile, p, row, block);
             _tile_stored(1, tile, 64);
@@ -309,20 +317,30 @@ INLINE void bytes(const Product& p) { walk<Bytes<FOUR>::template Tile>(p); }
 void int8(const Product& p) { bytes<false>(p); }
 void int4(const Product& p) { bytes<true>(p); }
 
+// Bytes plus 128 of 64 numbers of which the largest has magnitude `bound`.
+INLINE void quantise_group(const Floats* x, float bound, uint8_t* out, float* scale) {
+    *scale = bound / 127.0f;
+    Floats inverse = all(bound > 1e-30f ? 127.0f / bound : 0.0f);
+    for (int i = 0; i < GROUP / LANES; ++i) store_low_bytes(out + i * LANES, nearest(x[i] * inverse) + all(int32_t(128)));
+}
+
 // softmax(context + position + log_mass | persistent) without the division. Sums: lane i % 16, then the tree of total().
 void softmax(Attention& a) {
     const float nothing = float_of_bits(0xff800000);  // -infinity
     for (int i = a.num_persistent; i < a.padded; ++i) a.persistent[i] = nothing;
     int start = a.first / LANES * LANES;
-    Floats best = all(nothing);
+    for (int i = start; i < a.first; ++i) a.context[i] = nothing;  // plus finite numbers that stays
+    Floats best = all(nothing), other = best;
     for (int i = start; i < a.slots; i += LANES) {
         Floats score = load(a.context + i) + load(a.position + i) + load(a.log_mass + i);
         store(a.context + i, score);
+        best = larger(score, best);
     }
-    for (int i = start; i < a.first; ++i) a.context[i] = nothing;
-    for (int i = start; i < a.slots; i += LANES) best = larger(load(a.context + i), best);
-    for (int i = 0; i < a.padded; i += LANES) best = larger(load(a.persistent + i), best);
-    Floats most = all(largest(best)), sum = zeros();
+    for (int i = 0; i < a.padded; i += 2 * LANES) {
+        best = larger(load(a.persistent + i), best);
+        other = larger(load(a.persistent + i + LANES), other);
+    }
+    Floats most = all(largest(larger(best, other))), sum = zeros();
     for (int i = start; i < a.slots; i += LANES) {
         Floats p = exponential(load(a.context + i) - most);
         store(a.context + i, p);
@@ -330,10 +348,22 @@ void softmax(Attention& a) {
     }
     a.context_sum = total(sum);
     sum = zeros();
-    for (int i = 0; i < a.padded; i += LANES) {
-        Floats p = exponential(load(a.persistent + i) - most);
-        store(a.persistent + i, p);
-        sum = sum + p;
+    for (int g = 0; g < a.padded; g += GROUP) {
+        Floats p[GROUP / LANES];
+#pragma GCC unroll 4
+        for (int i = 0; i < GROUP / LANES; ++i) {
+            p[i] = exponential(load(a.persistent + g + i * LANES) - most);
+            sum = sum + p[i];
+        }
+        if (a.bytes) {
+            float bound = largest(larger(larger(p[0], p[1]), larger(p[2], p[3])));
+            quantise_group(p, bound, a.bytes + g, a.scales + g / GROUP);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < GROUP / LANES; ++i) {
+            if (a.halves) store_low_halves(a.halves + g + i * LANES, to_bfloat16(p[i]));
+            else if (!a.bytes) store(a.persistent + g + i * LANES, p[i]);
+        }
     }
     a.persistent_sum = total(sum);
     for (int i = -MAX_ROWS; i < start; ++i) a.context[i] = 0;
@@ -374,13 +404,12 @@ void round(const float* x, uint16_t* out, int size) {
 
 void quantise(const float* x, uint8_t* out, float* scales, int size) {
     for (int g = 0; g < size; g += GROUP) {
-        Floats most = zeros();
-        for (int i = g; i < g + GROUP; i += LANES) most = larger(magnitude(load(x + i)), most);
-        float bound = largest(most);
-        scales[g / GROUP] = bound / 127.0f;
-        Floats inverse = all(bound > 1e-30f ? 127.0f / bound : 0.0f);
-        for (int i = g; i < g + GROUP; i += LANES)
-            store_low_bytes(out + i, nearest(load(x + i) * inverse) + all(int32_t(128)));
+        Floats values[GROUP / LANES], most = zeros();
+        for (int i = 0; i < GROUP / LANES; ++i) {
+            values[i] = load(x + g + i * LANES);
+            most = larger(magnitude(values[i]), most);
+        }
+        quantise_group(values, largest(most), out + g, scales + g / GROUP);
     }
 }
 

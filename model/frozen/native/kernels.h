@@ -43,7 +43,10 @@ struct Attention {
     const float* position;  // [S] q . p
     const float* log_mass;  // [S]
     int slots, first;
-    float* persistent;  // [N], padded with anything; then probabilities, padded with 0
+    float* persistent;  // [N], padded with anything; then probabilities, padded with 0, in one of three forms:
+    uint16_t* halves;   // if given, here in bfloat16
+    uint8_t* bytes;     // if given, here and
+    float* scales;      //   here as `quantise` does
     int num_persistent, padded;
     float context_sum, persistent_sum;
 };

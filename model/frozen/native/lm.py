@@ -7,7 +7,9 @@ Sizes: B rows, T new tokens, E width, H heads, D head size, V vocabulary, V' = V
 """
 
 import ctypes
+import math
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -35,6 +37,7 @@ from model.frozen.native.library import (
 
 RINGS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_THREADS = 256
+UNSHARED = 2  # references to an array that only one attribute holds, while they are counted
 
 
 class NativeLM:
@@ -91,7 +94,7 @@ class NativeLM:
             VARIANTS.index(self.variant),
         )
         self._library, self._lock, self._reserved = load_library(), threading.Lock(), 0
-        self._handle = self._open(shape)
+        self._handle, self._pairs = self._open(shape), np.empty(0, np.float32)
         weakref.finalize(self, self._library.allattn_close, self._handle)
         for part, layer, place, values in fold(config, tensors):
             array = np.ascontiguousarray(values, np.float32)
@@ -249,8 +252,13 @@ class NativeLM:
                     cache.lengths[row] += count
 
     def _new_pairs(self, num_rows: int, num_new: int) -> Tensor:
+        """Memory for keys and values, the last one again if nobody holds it: fresh pages cost as much as arithmetic."""
         config = self.config
-        return torch.empty(config.num_layers, num_rows, num_new, 2, config.num_heads, config.head_size)
+        shape = (config.num_layers, num_rows, num_new, 2, config.num_heads, config.head_size)
+        size = math.prod(shape)
+        if self._pairs.size < size or sys.getrefcount(self._pairs) > UNSHARED:
+            self._pairs = np.empty(size, np.float32)
+        return torch.from_numpy(self._pairs)[:size].view(shape)
 
     def _reserve(self, tokens: int) -> None:
         if tokens > self._reserved:

@@ -154,7 +154,9 @@ float normalise(Call& c, int layer, int head, int row, int r, int64_t length, Sc
     const Head& h = m.layers[size_t(layer)].heads[size_t(head)];
     int first = m.shape.mask_empty && length < h.slots ? int(h.slots - length) : 0;
     Attention a = {s.context + r * m.context_ld + MARGIN, s.position + r * m.longest, h.log_mass, h.slots, first,
-                   s.share.f + r * m.persistent, m.shape.num_persistent, int(m.persistent), 0, 0};
+                   s.share.f + r * m.persistent, nullptr, nullptr, nullptr, m.shape.num_persistent, int(m.persistent), 0, 0};
+    if (m.kind() == BFLOAT16) a.halves = s.share.halves + r * m.persistent;
+    else if (m.kind() != FLOAT32) a.bytes = s.share.bytes + r * m.persistent, a.scales = s.share.scales + r * m.persistent / GROUP;
     m.kernels.softmax(a);
     float sum = a.context_sum + a.persistent_sum;
     if (c.shares) c.shares[((row + r) * long(m.shape.num_layers) + layer) * m.shape.num_heads + head] = a.persistent_sum / sum;
@@ -164,7 +166,6 @@ float normalise(Call& c, int layer, int head, int row, int r, int64_t length, Sc
 // Values of persistent vectors, and with those of the context in s.values the attended columns of a head.
 void finish_head(Call& c, const Head& h, int head, int row, int rows, const float* sums, Scratch& s) {
     Model& m = c.m;
-    prepare(m.kernels, s.share, m.kind(), 0, rows, 0, m.persistent);
     multiply(m.kernels, h.persistent_value, s.share, 0, rows, 0, int(m.head / BLOCK), s.persistent_values, m.head);
     for (int r = 0; r < rows; ++r) {
         float* out = m.attended.f + (row + r) * m.attended.width + head * m.head;
