@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.frozen.native.build import NativeError
 from model.frozen.native.library import DRAW, runnable_variants
 from model.frozen.native.lm import NativeLM
-from model.sampling import Draws, draw
+from model.sampling import Draws, draw, score_targets
 from model.served import score_document
 from server.engine import Engine
 from server.messages import Generate, Sampling
@@ -145,6 +145,16 @@ def test_documents_are_scored_as_torch_scores_them(kind, model, text):
         for one in (model, bake(build_network(kind)))
     ]
     assert np.abs(documents[0] - documents[1]).max() < TOLERANCE
+
+
+def test_given_tokens_are_scored_as_torch_scores_the_same_logits(model, text):
+    hidden, _ = model.extend(text[None], model.allocate(1), [0])
+    expected = score_targets(model.logits(hidden[0, :-1]), text[1:])
+    logprobs, ranks = model.score(hidden[0, :-1], text[1:])
+    assert torch.equal(ranks, expected.ranks)
+    assert (logprobs - expected.logprobs).abs().max() < 1e-5
+    with pytest.raises(NativeError, match="token 999 is not in the vocabulary"):
+        model.score(hidden[0, :2], torch.tensor([0, 999]))
 
 
 def test_a_step_changes_nothing_until_its_commit(model, text):

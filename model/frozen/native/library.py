@@ -82,6 +82,7 @@ def load_library() -> ctypes.CDLL:
         "decode": (i64, (pointer,) * 5 + (i64,) + (pointer,) * 5 + (i32,)),
         "extend": (i64, (pointer, pointer, i64, pointer, i64, pointer, pointer, i64, pointer)),
         "logits": (None, (pointer, pointer, i64, pointer)),
+        "score": (i64, (pointer, pointer, i64) + (pointer,) * 4),
         "commit": (None, (pointer, pointer, i64, pointer, i64, i64)),
     }
     for name, (result, arguments) in signatures.items():

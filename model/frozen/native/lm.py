@@ -37,6 +37,7 @@ from model.frozen.native.library import (
 
 RINGS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_THREADS = 256
+SCORED_AT_ONCE = 2**20  # logits, 4 MB of them
 UNSHARED = 2  # references to an array that only one attribute holds, while they are counted
 
 
@@ -230,6 +231,34 @@ class NativeLM:
             self._reserve(len(lines))
             self._library.allattn_logits(self._handle, lines.data_ptr(), len(lines), found.data_ptr())
         return found[:, : self.config.vocab_size].view(*hidden.shape[:-1], -1)
+
+    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (nats, fp32) and ranks (int64, 0 = the most probable) of given tokens.
+
+        Args:
+            hidden: [n, E]; targets: [n] int64.
+
+        Raises:
+            NativeError: a target is not in the vocabulary.
+        """
+        lines, wanted = hidden.to(torch.float32).contiguous(), targets.to(torch.int64).contiguous()
+        logprobs, ranks = torch.empty(len(wanted)), torch.empty(len(wanted), dtype=torch.int64)
+        step = max(BLOCK, SCORED_AT_ONCE // self._padded_vocab)
+        with self._lock:
+            self._reserve(min(step, len(wanted)))
+            scratch = torch.empty(min(step, len(wanted)), self._padded_vocab)
+            for start in range(0, len(wanted), step):
+                wrong = self._library.allattn_score(
+                    self._handle,
+                    lines[start:].data_ptr(),
+                    min(step, len(wanted) - start),
+                    wanted[start:].data_ptr(),
+                    scratch.data_ptr(),
+                    logprobs[start:].data_ptr(),
+                    ranks[start:].data_ptr(),
+                )
+                self._check(wrong, wanted[start:].numpy())
+        return logprobs, ranks
 
     def commit(self, cache: NativeCache, rows: Sequence[int], new: Sequence[Tensor], num_new: Sequence[int]) -> None:
         """See `NativeCache.commit`."""

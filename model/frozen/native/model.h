@@ -80,7 +80,7 @@ struct Scratch {
 
 // What a call computes, in order; see step.cpp.
 struct Stage {
-    enum Kind { EMBED, LOAD, ATTEND, PROJECT, LOOK, MIX, SCORE, TAILS, JOIN, DRAW } kind;
+    enum Kind { EMBED, LOAD, ATTEND, PROJECT, LOOK, MIX, SCORE, TAILS, JOIN, DRAW, RANK } kind;
     int layer;
 };
 

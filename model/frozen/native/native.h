@@ -78,6 +78,10 @@ PUBLIC int64_t allattn_extend(Model* model, const char* rings, int64_t length, c
                               float* hidden, float* fresh, int64_t stride, float* shares);
 // hidden [n, E] -> logits [n, V'].
 PUBLIC void allattn_logits(Model* model, const float* hidden, int64_t n, float* logits);
+// The same, and of the token targets[i] after each: its log-probability and how many tokens have a larger score.
+// Returns as allattn_decode.
+PUBLIC int64_t allattn_score(Model* model, const float* hidden, int64_t n, const int64_t* targets, float* logits,
+                             float* logprobs, int64_t* ranks);
 // Write the first num_new of fresh [L, stride, 2, H, D] into a row's rings; the caller advances its length.
 PUBLIC void allattn_commit(Model* model, char* rings, int64_t length, const float* fresh, int64_t stride,
                            int64_t num_new);

@@ -2,7 +2,7 @@
 //
 //   decode   EMBED   for each layer: ATTEND, MIX          SCORE  [TAILS  JOIN]  [DRAW]
 //   extend   EMBED   for each layer: PROJECT, LOOK, MIX
-//   logits   LOAD                                         SCORE  [TAILS  JOIN]
+//   logits   LOAD                                         SCORE  [TAILS  JOIN]  [RANK]
 //
 //   EMBED    chunk: vectors of tokens into hidden; LOAD: given hidden states
 //   ATTEND   chunk x head: q, k, v; scores of the ring and of persistent vectors; softmax; values: hidden -> attended
@@ -11,7 +11,7 @@
 //   MIX      chunk x 64 columns: output projection; who ends a chunk adds it to hidden and normalises
 //   SCORE    chunk x columns: output matrix (with clusters: of the first, and narrowing for the others)
 //   TAILS    chunk x columns: scores of the other clusters; JOIN  row: log-probabilities of words from scores
-//   DRAW     row: a token and its log-probability
+//   DRAW     row: a token and its log-probability; RANK  row: those of a given token
 //
 // A row's context scores lie in the order of time, whatever its ring's offset: index i of S is distance S - i. In
 // extend row t's index 0 is its own oldest key, so that one product over keys in the order of time writes row t shifted
@@ -39,7 +39,7 @@ struct Call {
     float* logits = nullptr;
     float* shares = nullptr;  // [num_rows, L, H]
     const Draw* draws = nullptr;
-    int64_t* drawn = nullptr;
+    int64_t* drawn = nullptr;  // or ranks
     float* logprobs = nullptr;
     bool commit = false;
     int chunk = MAX_ROWS;
@@ -403,6 +403,19 @@ void draw(Call& c, int row, int thread) {
     c.logprobs[row] = broken ? NAN : logits[c.drawn[row]] - log_sum(m.kernels, logits, m.vocab, scratch);
 }
 
+void rank(Call& c, int row, int thread) {
+    Model& m = c.m;
+    const float* logits = c.logits + row * m.vocab;
+    float own = logits[c.tokens[row]], sum = log_sum(m.kernels, logits, m.vocab, m.exponentials + thread * (m.scores_ld + m.vocab));
+    int32_t larger = 0, broken = 0;
+    for (long i = 0; i < m.shape.vocab_size; ++i) {
+        larger += logits[i] > own;
+        broken += !(logits[i] < INFINITY);
+    }
+    c.drawn[row] = larger;
+    c.logprobs[row] = broken ? NAN : own - sum;
+}
+
 int units_of(const Call& c, Stage stage) {
     const Model& m = c.m;
     int chunks = c.chunks(), tails = 0;
@@ -415,7 +428,7 @@ int units_of(const Call& c, Stage stage) {
             for (size_t i = 1; i < m.clusters.size(); ++i)
                 tails += int(divided_up(m.clusters[i].output.columns, TAIL_COLUMNS));
             return chunks * tails;
-        case Stage::JOIN: case Stage::DRAW: return c.num_rows;
+        case Stage::JOIN: case Stage::DRAW: case Stage::RANK: return c.num_rows;
         default: return chunks;
     }
 }
@@ -440,6 +453,7 @@ void do_unit(void* context, int number, int unit, int thread) {
         case Stage::TAILS: return score_tail(c, row, rows, part);
         case Stage::JOIN: return join(c, unit, thread);
         case Stage::DRAW: return draw(c, unit, thread);
+        case Stage::RANK: return rank(c, unit, thread);
     }
 }
 
@@ -507,6 +521,20 @@ PUBLIC void allattn_logits(Model* model, const float* hidden, int64_t n, float* 
     add_stage(m, Stage::LOAD);
     add_scores(m);
     run(c);
+}
+
+PUBLIC int64_t allattn_score(Model* model, const float* hidden, int64_t n, const int64_t* targets, float* logits,
+                             float* logprobs, int64_t* ranks) {
+    Model& m = *model;
+    if (int64_t wrong = wrong_token(m, targets, n)) return wrong;
+    Call c = {m, int(n), targets};
+    c.hidden = (float*)hidden, c.logits = logits, c.logprobs = logprobs, c.drawn = ranks;
+    m.stages.clear();
+    add_stage(m, Stage::LOAD);
+    add_scores(m);
+    add_stage(m, Stage::RANK);
+    run(c);
+    return 0;
 }
 
 PUBLIC void allattn_commit(Model* model, char* rings, int64_t length, const float* fresh, int64_t stride,
