@@ -5,18 +5,22 @@ import oracle
 import pytest
 import torch
 from agreement_bundle import KINDS, build_network, text_tokens
+from artefacts import SHIPPED
 from native_models import native, random_tokens, small_native, tiled_network
 
-from model.baked import bake
+from model.baked import bake, load_baked
+from model.bundle import open_bundle
 from model.config import ModelConfig
 from model.frozen.native.build import NativeError
 from model.frozen.native.library import DRAW, runnable_variants
-from model.frozen.native.lm import NativeLM
+from model.frozen.native.lm import NativeLM, load_native
 from model.sampling import Draws, draw, score_targets
+from model.scoring import Score
 from model.served import score_document
 from server.engine import Engine
 from server.messages import Generate, Sampling
 from server.runner import ModelRunner
+from training.corpus import SHAKESPEARE
 
 LENGTH = 230  # beyond the longest ring of 160, in which every slot has been overwritten
 TOLERANCE = 1e-4
@@ -292,3 +296,18 @@ def test_rounded_weights_change_little(weights, bound):
     assert logits[0].std() > 2
     assert 1e-4 < (logits[0] - logits[1]).abs().mean() < bound
     assert exact.weight_bytes > 1.5 * rounded.weight_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "bound"), [("float32", 1e-5), ("bfloat16", 0.001), ("int8", 0.003), ("int4", 0.015)]
+)
+def test_rounded_weights_cost_few_bits_on_a_real_text(weights, bound):
+    """Bits per byte of a text that the shipped model was not trained on, beside torch's in float32."""
+    bundle = open_bundle(SHIPPED)
+    tokens = np.array(bundle.tokenizer.encode(SHAKESPEARE.read_text()[:30_000]))
+    found = []
+    for model in (load_baked(bundle), load_native(bundle, weights=weights, num_threads=2)):
+        logprobs = np.concatenate([some for some, _ in score_document(model, tokens)]).tolist()
+        found.append(Score.of(bundle.tokenizer, tokens[1:].tolist(), logprobs).bits_per_byte)
+    assert found[1] - found[0] < bound

@@ -6,6 +6,7 @@ Owns ctypes; knows no model.
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -56,6 +57,15 @@ class Shape(ctypes.Structure):
     )
 
 
+def open_library(path: Path) -> ctypes.CDLL:
+    """A shared library. Raises NativeError if it does not load."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        advice = "delete it and run python -m model.frozen.native.build"
+        raise NativeError(f"{path} does not load ({error}): {advice}") from None
+
+
 @cache
 def load_library() -> ctypes.CDLL:
     """The library, compiled if need be.
@@ -63,13 +73,7 @@ def load_library() -> ctypes.CDLL:
     Raises:
         NativeError: it cannot be built or does not load.
     """
-    path = build()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeError(
-            f"{path} does not load: {error}; delete it and run python -m model.frozen.native.build"
-        ) from None
+    library = open_library(build())
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     signatures: dict[str, tuple[type | None, tuple[type, ...]]] = {
         "can_run": (i32, (i32,)),
