@@ -11,7 +11,7 @@ RUN = .venv/bin/python
 
 APT = apt-get -qq -o DPkg::Lock::Timeout=300
 
-.PHONY: serve train test test-fast test-ray check bench soak docs docker-check clean
+.PHONY: serve train test test-fast test-ray check check-native bench soak docs docker-check clean
 .PHONY: test-tools apt-lists browser promtool compiler
 
 serve: .venv
@@ -34,6 +34,10 @@ check: .venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# The native step under the address, undefined-behaviour and thread sanitizers; some minutes.
+check-native: .venv
+	PYTHONPATH=. $(RUN) tests/support/native_check.py
 
 bench: .venv
 	$(RUN) -m benchmarks.training

@@ -1,15 +1,15 @@
 """Tokens per second of a model at several batch sizes, beside what this machine's memory and arithmetic allow.
 
     python -m benchmarks.decode [--bundle DIR] [--dtype float32|bfloat16] [--batches 1 8 32] [--repeats 7] [--text FILE]
+    python -m benchmarks.decode --backend native [--weights float32|bfloat16|int8|int4] [--native-variant NAME] ...
 
 DIR is a bundle or an artefact, or `paper`: the paper's 18-layer shape of 39 M parameters with random weights and spans
-of up to 256 tokens. No HTTP: the runner's own `decode`, greedy, after a prompt of 64 tokens. With --text the bits per
-byte of its first 100 kB too. The last line is JSON.
+of up to 256 tokens. No HTTP: the runner's own `decode`, greedy, after a prompt of 64 tokens, or the native step's call
+that decodes, draws and commits. With --text the bits per byte of its first 100 kB too. The last line is JSON.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.paper import PAPER, write_paper_bundle
+from benchmarks.server_process import machine
 from model.artefact import is_artefact, open_artefact
 from model.bundle import open_bundle
 from model.config import ModelConfig
@@ -32,6 +33,7 @@ from server.config import EngineOptions
 from server.engine.runner import ModelRunner
 from server.engine.sequence import Chunk, Draw
 
+WEIGHTS = ("auto", "float32", "bfloat16", "int8", "int4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPT = 64
 STEPS = 32  # of one repetition
@@ -56,6 +58,13 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
     side = 2048
     left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
     return bandwidth, 2 * side**3 / best(lambda: left @ right)
+
+
+def int8_ceiling() -> float:
+    """Operations per second of a large product of int8 matrices."""
+    side = 2048
+    left, right = (torch.randint(-9, 9, (side, side), dtype=torch.int8) for _ in range(2))
+    return 2 * side**3 / best(lambda: torch._int_mm(left, right))
 
 
 def decode_rate(runner: ModelRunner, *, repeats: int) -> float:
@@ -105,6 +114,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, default=Path("bundles/default"), help="or an artefact, or `paper`")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a bundle")
+    parser.add_argument("--backend", choices=("auto", "torch", "native"), default="auto", help="of a bundle")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of the native step")
+    parser.add_argument("--native-variant", default="auto", help="the native step's instructions")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch-invariant", choices=("true", "false"), default="true")
@@ -120,13 +132,23 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, object]:
     described = open_artefact(bundle).bundle if is_artefact(bundle) else open_bundle(bundle)
 
     def load(batch: int) -> ModelRunner:
-        invariant = args.batch_invariant == "true"
         return ModelRunner.load(
-            EngineOptions(bundle=bundle, num_rows=batch, dtype=args.dtype, device="cpu", batch_invariant=invariant)
+            EngineOptions(
+                bundle=bundle,
+                num_rows=batch,
+                backend=args.backend,
+                weights=args.weights,
+                native_variant=args.native_variant,
+                dtype=args.dtype,
+                device="cpu",
+                batch_invariant=args.batch_invariant == "true",
+            )
         )
 
     runner = load(1)
     bandwidth, flops = ceilings(DTYPES.get(runner.model.weights, torch.float32))
+    if runner.model.backend == "native" and runner.model.weights.startswith("int"):
+        flops = int8_ceiling()
     rows = []
     for batch in tqdm(args.batches, desc="batch sizes"):
         runner = load(batch)
@@ -136,12 +158,13 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, object]:
         rows[-1]["share"] = round(achieved / possible, 3)
     return {
         "backend": runner.model.backend,
+        "variant": getattr(runner.model, "variant", None),
         "weights": runner.model.weights,
         "parameters": described.config.num_parameters,
         "dtype": str(runner.model.dtype).removeprefix("torch."),
         "state_bytes_per_row": runner.cache.bytes_per_row,
         "bits_per_byte": args.text and round(bits_per_byte(runner, described.tokenizer, args.text), 5),
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "read_GB_per_s": round(bandwidth / 1e9, 1),

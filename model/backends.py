@@ -24,6 +24,7 @@ class Backend:
     loader: str  # module:function, see `loading.LoadBundle` and `exported.LoadGraphs`; imported when a model is loaded
     package: str = ""  # that the loader's module imports, beside torch
     extra: str = ""  # of allattn, which installs the package
+    weights: tuple[str, ...] = ()  # the values of the setting `weights` beside auto
     has_providers: bool = False  # the setting `provider` has a meaning
     has_own_threads: bool = False  # it computes in other threads than those of OpenMP
 
@@ -38,6 +39,13 @@ BACKENDS = {
     row.name: row
     for row in (
         Backend("torch", runs="bundle", loader="model.frozen.loading:load_torch"),
+        Backend(
+            "native",
+            runs="bundle",
+            loader="model.frozen.native.lm:load_native",
+            weights=("float32", "bfloat16", "int8", "int4"),
+            has_own_threads=True,
+        ),
         Backend("torchscript", runs="artefact", loader="model.frozen.torch_graphs:load_script"),
         Backend(
             "onnx",
@@ -102,6 +110,13 @@ class LoadOptions(BaseModel):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="number format of a bundle's weights and state; an artefact has its own"
+    )
+    weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
+        default=AUTO, description="number format of a bundle's weights with the native backend; auto goes with dtype"
+    )
+    native_variant: str = Field(
+        default=AUTO,
+        description="instructions of the native backend: generic, avx2, avx512, avx512_vnni or amx; auto = the fastest",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default=AUTO, description="auto takes a GPU where there is one")
     provider: Literal["auto", "cpu", "cuda"] = Field(

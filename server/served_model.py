@@ -14,7 +14,7 @@ def open_model(settings: Settings) -> tuple[Bundle, Settings]:
 
     Raises:
         BundleError: the bundle or artefact is not whole.
-        ConfigError: backend, dtype or provider do not fit the model.
+        ConfigError: backend, dtype, weights or provider do not fit the model.
     """
     kind, dtype = None, None
     if is_artefact(settings.bundle):
@@ -32,4 +32,10 @@ def open_model(settings: Settings) -> tuple[Bundle, Settings]:
         raise ConfigError(f"dtype = {settings.dtype!r}, but {what} with its state in {dtype}; leave dtype out")
     if settings.provider != AUTO and not BACKENDS[backend].has_providers:
         raise ConfigError(f"provider = {settings.provider!r} is for ONNX artefacts, but {what}; allowed: auto")
+    if settings.weights not in (AUTO, *BACKENDS[backend].weights):
+        able = ", ".join(row.name for row in BACKENDS.values() if settings.weights in row.weights)
+        raise ConfigError(
+            f"weights = {settings.weights!r}, but backend = {backend!r} has no such weights; allowed: auto, or "
+            f"backend = {able}"
+        )
     return bundle, settings.model_copy(update={"backend": backend})

@@ -24,7 +24,12 @@ ROOT = Path(__file__).parents[1]
 
 PACKAGES = ("model", "training", "export", "server", "allattn")
 TENSOR_LIBRARIES = {"torch", "onnxruntime"}
-TENSOR_MODULES = {"server.engine.runner", "allattn.generate"}  # in server/ and allattn/, where alone torch is loaded
+# where alone, in server/ and allattn/, torch is loaded
+TENSOR_MODULES = {"server.engine.runner", "server.engine.drawer", "allattn.generate"}
+    "server.engine.runner",
+    "server.engine.drawer",
+    "allattn.generate",
+}  # in server/ and allattn/, where alone torch is loaded
 ONE_MODULE = {  # packages that only one module of a room may import
     "tqdm": {"model": "model.tokenizer"},
     "onnxruntime": {"model.frozen": "model.frozen.onnx_graphs", "export": "export.quantise"},

@@ -4,7 +4,7 @@ Sizes: B rows, T new tokens, E width, H heads, D head size, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -84,6 +84,19 @@ class ServedLM(Protocol):
         ...
 
 
+@runtime_checkable
+class ScoresInside(Protocol):
+    """A model whose own step scores tokens."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token in fp32, [n, E] -> [n, V]."""
+        ...
+
+    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [n] fp32 and ranks [n] int64 of given tokens [n], from hidden states [n, E]."""
+        ...
+
+
 @torch.inference_mode()
 def score_positions(
     model: ServedLM, hidden: Tensor, targets: Tensor, *, num_top: int = 0, entropy: bool = False
@@ -97,12 +110,30 @@ def score_positions(
     size = lines_at_once(
         model.config.vocab_size, bytes_per_score=BYTES_TO_SCORE, device=model.device, least=SCORED_AT_ONCE
     )
+    if isinstance(model, ScoresInside) and len(targets):
+        return _score_inside(model, hidden[: len(targets)], targets, num_top=num_top, entropy=entropy, size=size)
     parts = []
     for start in range(0, max(1, len(targets)), size):
         some = targets[start : start + size]
         logits = model.logits(hidden[start : start + size])[: len(some)]
         parts.append(score_targets(logits, some, num_top=num_top, entropy=entropy))
     return join_scored(parts)
+
+
+def _score_inside(
+    model: ScoresInside, hidden: Tensor, targets: Tensor, *, num_top: int, entropy: bool, size: int
+) -> Scored:
+    """Take log-probabilities and ranks from the model's own step, and the rest, if asked for, from its logits."""
+    logprobs, ranks = model.score(hidden, targets)
+    if not num_top and not entropy:
+        return Scored(logprobs, ranks, None, None, None)
+    parts = [
+        score_targets(
+            model.logits(hidden[start : start + size]), targets[start : start + size], num_top=num_top, entropy=entropy
+        )
+        for start in range(0, len(targets), size)
+    ]
+    return join_scored(parts)._replace(logprobs=logprobs, ranks=ranks)
 
 
 def score_document(

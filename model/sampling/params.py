@@ -4,7 +4,7 @@ A parameter that restricts the tokens has its filter in `model.sampling.filters`
 parameters that change logits. `server.dialects.sampling` declares the field that a client sends.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class SamplingParams:
     min_new_tokens: int = 0
     num_top: int = 0  # how many of the most probable tokens to return with each drawn token
     seed: int = 0  # u64; seed and position alone decide the noise of a draw
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether temperature, seed and position alone decide the token: nothing filters or changes the logits."""
+        return replace(self, temperature=0.0, seed=0, end_ids=()) == SamplingParams()
 
     @property
     def is_penalised(self) -> bool:

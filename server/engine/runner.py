@@ -9,10 +9,9 @@ from torch import Tensor
 
 from model.frozen.loading import load_model
 from model.frozen.served import ServedLM, score_positions
-from model.sampling.draw import Draws, draw
 from model.sampling.params import SamplingParams
-from model.sampling.penalties import History
 from server.config import EngineOptions
+from server.engine.drawer import Drawer, DrawsInside
 from server.engine.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
 from server.protocol.messages import EngineFacts
 
@@ -28,8 +27,8 @@ class ModelRunner:
         self._min_rows = model.invariant_rows if options.batch_invariant else 1
         self._reads_together = True
         self.cache = model.allocate(max(self.num_rows, self._min_rows))
-        self.history = History(max(self.num_rows, self._min_rows), model.config.vocab_size, device=model.device)
-        self._prepared: tuple[list[SamplingParams], Draws] | None = None
+        self._drawer = Drawer(model, num_rows=max(self.num_rows, self._min_rows))
+        self.history = self._drawer.history
 
     @classmethod
     def load(cls, options: EngineOptions) -> Self:
@@ -81,7 +80,7 @@ class ModelRunner:
         decoded = []
         for count in range(1, self.num_rows + 1):
             logits, _ = self._step(range(count), [1] * count)
-            self._draw(logits, Draws([sampling] * count, device=self.model.device), [Draw(sampling, 1, 1)] * count)
+            self._drawer.draw(logits, [Draw(sampling, 1, 1)] * count, range(count))
             decoded.append(logits[0].clone())
         lengths = sorted({_padded(size) for size in range(1, self._chunk_tokens + 1)})
         alike = [self._reads_alike(num_new) for num_new in lengths]  # a list: every length has to run once
@@ -140,17 +139,29 @@ class ModelRunner:
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]) -> list[Drawn]:
         """Feed each row that generates its last token and draw the next; returns the draws in the order of `rows`."""
+        if self._drawer.inside is not None:
+            return self._decode_inside(self._drawer.inside, rows, tokens, draws)
         logits, new = self._step(rows, tokens)
         num_fed = len(logits)
         if list(rows) != list(range(num_fed)):
             logits = logits[list(rows)]
-        samplings = [one.sampling for one in draws]
-        if self._prepared is None or not _same(self._prepared[0], samplings):
-            self._prepared = samplings, Draws(samplings, device=self.model.device)
-        drawn = self._draw_fed(logits, self._prepared[1], draws, rows, tokens)
+        drawn = self._drawer.draw_fed(logits, draws, rows, tokens)
         num_new = np.zeros(num_fed, dtype=np.int64)
         num_new[list(rows)] = 1
         self.cache.commit(range(num_fed), new, num_new.tolist())
+        return drawn
+
+    def _decode_inside(
+        self, model: DrawsInside, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]
+    ) -> list[Drawn]:
+        """Decode with a model that draws plain lines itself; nothing is committed before all lines are drawn."""
+        prepared = self._drawer.prepare(draws)
+        fed, places = np.array(tokens, np.int64), np.array(rows, np.int64)
+        is_plain = not prepared.lines
+        decoded = model.decode_and_draw(fed, self.cache, rows=places, draws=prepared.plain, commit=is_plain)
+        drawn = self._drawer.complete(decoded, prepared, draws, rows, tokens)
+        if not is_plain:
+            self.cache.commit(rows, decoded.new, [1] * len(rows))
         return drawn
 
     def _step(self, rows: Sequence[int], tokens: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -169,37 +180,6 @@ class ModelRunner:
             return self.model.extend_with_memory_share(self._to_device(tokens), self.cache, rows)
         return *self.model.extend(self._to_device(tokens), self.cache, rows), None
 
-    def _draw_fed(
-        self, logits: Tensor, prepared: Draws, draws: Sequence[Draw], rows: Sequence[int], fed: Sequence[int]
-    ) -> list[Drawn]:
-        """Count each row's `fed` token for its penalties, then draw; if drawing fails, the tokens are not counted."""
-        if not prepared.penalised:
-            return self._draw(logits, prepared, draws)
-        places, tokens = self._to_device(np.array(rows, dtype=np.int64)), self._to_device(np.array(fed, dtype=np.int64))
-        self.history.feed(places, tokens)
-        try:
-            return self._draw(logits, prepared, draws, rows)
-        except Exception:
-            self.history.unfeed(places, tokens)
-            raise
-
-    def _draw(self, logits: Tensor, prepared: Draws, draws: Sequence[Draw], rows: Sequence[int] = ()) -> list[Drawn]:
-        """Returns a token for each line of the logits [B, V]; the only place where the host waits for the device."""
-        batch = draw(
-            logits,
-            prepared,
-            positions=[one.position for one in draws],
-            num_generated=[one.num_generated for one in draws],
-            history=self.history,
-            rows=rows,
-        )
-        tokens, logprobs = batch.tokens.tolist(), batch.logprobs.tolist()
-        if batch.top_ids is None or batch.top_logprobs is None:
-            return list(map(Drawn, tokens, logprobs))
-        lines = zip(batch.top_ids.tolist(), batch.top_logprobs.tolist(), draws, strict=True)
-        tops = [tuple(zip(ids, values, strict=True))[: one.sampling.num_top] for ids, values, one in lines]
-        return list(map(Drawn, tokens, logprobs, tops))
-
     def _draw_ends(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[tuple[Drawn, ...]]:
         """Returns for each chunk the tokens drawn after its last one; none if the prompt goes on."""
         for chunk in chunks:
@@ -213,8 +193,7 @@ class ModelRunner:
         logits = self.model.logits(last)[: len(ends)]
         draws = [one for chunk in chunks for one in chunk.draws]
         rows = [chunk.row for chunk in chunks for _ in chunk.draws]
-        prepared = Draws([one.sampling for one in draws], device=self.model.device)
-        drawn = iter(self._draw(logits, prepared, draws, rows))
+        drawn = iter(self._drawer.draw(logits, draws, rows))
         return [tuple(next(drawn) for _ in chunk.draws) for chunk in chunks]
 
     def _score(self, chunk: Chunk, hidden: Tensor, shares: Tensor | None) -> ChunkScores | None:
@@ -244,8 +223,3 @@ def _padded(num_tokens: int) -> int:
 
 def _numpy(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.cpu().numpy()
-
-
-def _same(left: Sequence[SamplingParams], right: Sequence[SamplingParams]) -> bool:
-    """Return whether both hold the very same objects, as they do while the rows of a batch stay the same."""
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))

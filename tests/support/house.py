@@ -28,6 +28,7 @@ HOUSE = {
         "model model.network model.sampling",
         "numpy onnxruntime torch",
     ),
+    "model.frozen.native": Room("build library folding cache lm", "model model.frozen", "numpy torch"),
     "training": Room(
         "run loop data corpus download sources devices optim checkpoint record progress watch plots card evaluate "
         "compare config import_official official_checkpoint official_vocabulary official_weights",
@@ -43,7 +44,7 @@ HOUSE = {
     "server.config": Room("settings engine_options sources keys", "model", "pydantic"),
     "server.protocol": Room("messages frames json", "model.sampling", "msgspec"),
     "server.engine": Room(
-        "process engine scheduler sequence runner pipe",
+        "process engine scheduler sequence runner drawer pipe",
         "model model.frozen model.sampling server.protocol server.config server.(ground)",
         "msgspec numpy torch",
     ),

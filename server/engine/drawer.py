@@ -1,0 +1,158 @@
+"""Draws tokens from logits: a plain line by the model's own step if it has one, any other line by `model.sampling`.
+
+How a line is drawn depends on the line's own parameters only, never on its neighbours. Sizes: B lines, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.frozen.served import ServedLM
+from model.sampling.draw import Draws, draw
+from model.sampling.params import SamplingParams
+from model.sampling.penalties import History
+from server.engine.sequence import Draw, Drawn
+
+DRAW = np.dtype([("temperature", "<f4"), ("unused", "<f4"), ("seed", "<u8"), ("position", "<i8")])
+
+
+@runtime_checkable
+class DrawsInside(Protocol):
+    """A model whose own step draws plain lines."""
+
+    def decode_and_draw(
+        self, tokens: NDArray[np.int64], cache: Any, *, rows: NDArray[np.int64], draws: NDArray[np.void], commit: bool
+    ) -> Any:
+        """Feed a token to each of some rows and draw the next ones."""
+        ...
+
+    def draw(self, logits: Tensor, draws: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Draw from logits [B, V]: tokens [B] and their log-probabilities [B]."""
+        ...
+
+
+class Prepared(NamedTuple):
+    """How the lines of a batch are drawn, for as long as the batch stays the same."""
+
+    samplings: list[SamplingParams]
+    plain: NDArray[np.void]  # [B] of dtype `DRAW`, for the model's own step
+    lines: list[int]  # the lines that `model.sampling` draws
+    others: Draws  # of those lines
+
+
+class Drawer:
+    """Draws for the rows of a runner. Owns which tokens occurred in each row, which penalties ask for."""
+
+    def __init__(self, model: ServedLM, *, num_rows: int) -> None:
+        self.inside = model if isinstance(model, DrawsInside) else None
+        self.history = History(num_rows, model.config.vocab_size, device=model.device)
+        self._device = model.device
+        self._prepared: Prepared | None = None
+
+    def prepare(self, draws: Sequence[Draw]) -> Prepared:
+        """Return how the lines are drawn. A batch whose parameters are the very same objects is prepared once."""
+        samplings = [one.sampling for one in draws]
+        prepared = self._prepared
+        if prepared is None or not _same(prepared.samplings, samplings):
+            inside = self.inside is not None
+            lines = [line for line, one in enumerate(samplings) if not (inside and one.is_plain)]
+            plain = np.zeros(len(samplings), DRAW)
+            plain["temperature"] = [one.temperature for one in samplings]
+            plain["seed"] = np.array([one.seed for one in samplings], np.uint64)
+            others = Draws([samplings[line] for line in lines], device=self._device)
+            self._prepared = prepared = Prepared(samplings, plain, lines, others)
+        prepared.plain["position"] = [one.position for one in draws]
+        return prepared
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[Drawn]:
+        """Draw a token for each line of the logits [B, V]. rows: the row of each line."""
+        prepared = self.prepare(draws)
+        if self.inside is None or len(prepared.lines) == len(draws):
+            return self._draw_others(logits, prepared, draws, rows)
+        tokens, logprobs = self.inside.draw(logits, prepared.plain)
+        return self._merge(tokens, logprobs, logits, prepared, draws, rows)
+
+    def complete(
+        self, decoded: Any, prepared: Prepared, draws: Sequence[Draw], rows: Sequence[int], fed: Sequence[int]
+    ) -> list[Drawn]:
+        """Return the tokens of a step of the model that has drawn its plain lines, with all other lines drawn too.
+
+        Args:
+            decoded: what `decode_and_draw` returned.
+            fed: the token that each row was fed, which counts for penalties.
+        """
+        lines = prepared.lines
+        with self._fed(prepared, [rows[line] for line in lines], [fed[line] for line in lines]):
+            return self._merge(decoded.tokens, decoded.logprobs, decoded.logits, prepared, draws, rows)
+
+    def draw_fed(self, logits: Tensor, draws: Sequence[Draw], rows: Sequence[int], fed: Sequence[int]) -> list[Drawn]:
+        """Count each row's `fed` token for its penalties, then draw; if drawing fails, the tokens are not counted."""
+        with self._fed(self.prepare(draws), rows, fed):
+            return self.draw(logits, draws, rows)
+
+    def _fed(self, prepared: Prepared, rows: Sequence[int], fed: Sequence[int]) -> "_Fed":
+        return _Fed(self.history if prepared.others.penalised else None, rows, fed, self._device)
+
+    def _merge(
+        self,
+        tokens: NDArray[np.int64],
+        logprobs: NDArray[np.float32],
+        logits: Tensor,
+        prepared: Prepared,
+        draws: Sequence[Draw],
+        rows: Sequence[int],
+    ) -> list[Drawn]:
+        drawn = list(map(Drawn, tokens.tolist(), logprobs.tolist()))
+        if lines := prepared.lines:
+            some = self._draw_others(
+                logits[lines], prepared, [draws[line] for line in lines], [rows[line] for line in lines]
+            )
+            for line, one in zip(lines, some, strict=True):
+                drawn[line] = one
+        return drawn
+
+    def _draw_others(
+        self, logits: Tensor, prepared: Prepared, draws: Sequence[Draw], rows: Sequence[int]
+    ) -> list[Drawn]:
+        """Draw by `model.sampling`; on a GPU, the only place where the host waits for the device."""
+        batch = draw(
+            logits,
+            prepared.others,
+            positions=[one.position for one in draws],
+            num_generated=[one.num_generated for one in draws],
+            history=self.history,
+            rows=rows,
+        )
+        tokens, logprobs = batch.tokens.tolist(), batch.logprobs.tolist()
+        if batch.top_ids is None or batch.top_logprobs is None:
+            return list(map(Drawn, tokens, logprobs))
+        top = zip(batch.top_ids.tolist(), batch.top_logprobs.tolist(), draws, strict=True)
+        tops = [tuple(zip(ids, values, strict=True))[: one.sampling.num_top] for ids, values, one in top]
+        return list(map(Drawn, tokens, logprobs, tops))
+
+
+class _Fed:
+    """A context in which the fed tokens count for penalties; they stay counted unless it is left by an exception."""
+
+    def __init__(self, history: History | None, rows: Sequence[int], fed: Sequence[int], device: torch.device) -> None:
+        self._history = history
+        if history is not None:
+            self._rows = torch.tensor(rows, dtype=torch.int64).to(device)
+            self._tokens = torch.tensor(fed, dtype=torch.int64).to(device)
+
+    def __enter__(self) -> None:
+        if self._history is not None:
+            self._history.feed(self._rows, self._tokens)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._history is not None and kind is not None:
+            self._history.unfeed(self._rows, self._tokens)
+
+
+def _same(left: Sequence[SamplingParams], right: Sequence[SamplingParams]) -> bool:
+    """Return whether both hold the very same objects, as they do while the rows of a batch stay the same."""
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
