@@ -88,4 +88,5 @@ compiler: apt-lists
 	@echo "setting up $@ (once, a few minutes)"
 	@$@/bin/pip install --quiet --disable-pip-version-check "torch==2.13.0" || { rm -rf $@; exit 1; }
 	@$@/bin/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]" || { rm -rf $@; exit 1; }
+	@$@/bin/python -m model.frozen.native.build || true
 	@touch $@

@@ -22,6 +22,7 @@ class Backend:
     name: str  # in --backend, in the manifest of an artefact and in GET /info
     runs: Literal["bundle", "artefact"]  # an artefact names the one backend that runs it
     loader: str  # module:function, see `loading.LoadBundle` and `exported.LoadGraphs`; imported when a model is loaded
+    suits: str = ""  # module:function of the `LoadOptions`, loading no torch: whether `auto` means this backend here
     package: str = ""  # that the loader's module imports, beside torch
     extra: str = ""  # of allattn, which installs the package
     weights: tuple[str, ...] = ()  # the values of the setting `weights` beside auto
@@ -30,22 +31,31 @@ class Backend:
 
     def import_loader(self) -> Callable[..., Any]:
         """Returns the function that `loader` names. Raises ImportError."""
-        module, _, function = self.loader.partition(":")
-        load: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        return load
+        return _import(self.loader)
+
+    def suits_here(self, options: "LoadOptions") -> bool:
+        """Returns whether `auto` may mean this backend on this machine, with these options."""
+        return not self.suits or bool(_import(self.suits)(options))
+
+
+def _import(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 BACKENDS = {
     row.name: row
     for row in (
-        Backend("torch", runs="bundle", loader="model.frozen.loading:load_torch"),
         Backend(
             "native",
             runs="bundle",
             loader="model.frozen.native.lm:load_native",
+            suits="model.frozen.native.build:suits",
             weights=("float32", "bfloat16", "int8", "int4"),
             has_own_threads=True,
         ),
+        Backend("torch", runs="bundle", loader="model.frozen.loading:load_torch"),
         Backend("torchscript", runs="artefact", loader="model.frozen.torch_graphs:load_script"),
         Backend(
             "onnx",
@@ -62,7 +72,7 @@ BACKENDS = {
 
 
 def backends_for(kind: str | None) -> list[Backend]:
-    """Returns the backends that run a model; `auto` means the first one.
+    """Returns the backends that run a model; `auto` means the first one that suits the machine.
 
     Args:
         kind: the kind of an artefact; None = the model is a bundle.
@@ -106,7 +116,8 @@ class LoadOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
     backend: BackendChoice = Field(
-        default=AUTO, description="what computes; auto is torch for a bundle, and for an artefact what it was made for"
+        default=AUTO,
+        description="what computes; auto is native or, with a GPU, torch for a bundle; an artefact names its own",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="number format of a bundle's weights and state; an artefact has its own"
@@ -125,3 +136,10 @@ class LoadOptions(BaseModel):
     num_threads: int | None = Field(
         default=None, ge=1, description="CPU threads of the engine; as torch chooses if not set"
     )
+
+
+def chosen(options: LoadOptions, *, kind: str | None) -> Backend:
+    """Returns the backend that the options mean for a model. `kind`: see `backends_for`."""
+    if options.backend != AUTO:
+        return BACKENDS[options.backend]
+    return next(row for row in backends_for(kind) if row.suits_here(options))

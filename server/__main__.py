@@ -177,12 +177,13 @@ def banner(settings: Settings, *, bundle: Bundle, link: Link, port: int) -> str:
     splits = bundle.training.get("splits", {})
     quality = ", ".join(f"{name} {split['bits_per_byte']:.3f} bits per byte" for name, split in splits.items())
     rows = f"{facts.num_rows} rows of {facts.state_bytes_per_row / 2**20:.2f} MiB"
+    backend = facts.backend if facts.variant is None else f"{facts.backend} ({facts.variant})"
     body = json.dumps({"inputs": "It was a dark", "parameters": {"temperature": 0.8}, "stream": True})
     return "\n".join(
         [
             f"allattn serves {bundle.path.resolve().name}, {bundle.config.num_parameters / 1e6:.1f} M parameters",
             *([f"  quality  {quality}"] if quality else []),
-            f"  engine   {facts.backend}, {facts.weights} on {facts.device}, {rows}",
+            f"  engine   {backend}, {facts.weights} on {facts.device}, {rows}",
             f"  url      {url} (documentation at {url}/docs)",
             f"  try      curl -N {url}/generate -d '{body}'",
         ]

@@ -4,13 +4,13 @@ Knows no torch and reads no weights: the engine process checks those when it loa
 """
 
 from model.artefact import inspect_artefact, is_artefact
-from model.backends import AUTO, BACKENDS, backends_for, names
+from model.backends import AUTO, BACKENDS, backends_for, chosen, names
 from model.bundle import Bundle, inspect_bundle
 from server.config import ConfigError, Settings
 
 
 def open_model(settings: Settings) -> tuple[Bundle, Settings]:
-    """Returns the model's description, and the settings with a backend in place of `auto`.
+    """Returns the model's description, and the settings, of an artefact with its backend in place of `auto`.
 
     Raises:
         BundleError: the bundle or artefact is not whole.
@@ -27,7 +27,7 @@ def open_model(settings: Settings) -> tuple[Bundle, Settings]:
     if settings.backend not in (AUTO, *allowed):
         how = "; python -m export.run makes artefacts of bundles" if kind is None else ""
         raise ConfigError(f"backend = {settings.backend!r}, but {what}; allowed: {', '.join((AUTO, *allowed))}{how}")
-    backend = allowed[0] if settings.backend == AUTO else settings.backend
+    backend = chosen(settings, kind=kind).name
     if dtype is not None and "dtype" in settings.model_fields_set and settings.dtype != dtype:
         raise ConfigError(f"dtype = {settings.dtype!r}, but {what} with its state in {dtype}; leave dtype out")
     if settings.provider != AUTO and not BACKENDS[backend].has_providers:
@@ -38,4 +38,5 @@ def open_model(settings: Settings) -> tuple[Bundle, Settings]:
             f"weights = {settings.weights!r}, but backend = {backend!r} has no such weights; allowed: auto, or "
             f"backend = {able}"
         )
-    return bundle, settings.model_copy(update={"backend": backend})
+    # of a bundle, `auto` stays: the engine process goes on with torch if the backend of choice cannot load the model
+    return bundle, settings if kind is None else settings.model_copy(update={"backend": backend})

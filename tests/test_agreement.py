@@ -29,7 +29,7 @@ from server.protocol.messages import Score as ScoreRequest
 from server.served_model import open_model
 from tests import oracle
 from tests.support.agreement_bundle import KINDS, build_network, text_of, text_tokens
-from tests.support.artefacts import EACH_BACKEND, served_folder, served_model
+from tests.support.artefacts import EACH_BACKEND, named_backend, served_folder, served_model
 from training.evaluate import evaluate
 
 LENGTH = 230  # beyond the longest ring of 160, in which every slot has been overwritten
@@ -222,7 +222,9 @@ def test_engine_and_document_scores(model, text, wanted):
 
 @pytest.mark.slow
 def test_score_over_http_equals_evaluate_and_the_oracle(kind, backend, network, model, text):
-    bundle, settings = open_model(Settings(bundle=served_folder(kind, backend), num_rows=2, num_threads=1))
+    bundle, settings = open_model(
+        Settings(bundle=served_folder(kind, backend), backend=named_backend(backend), num_rows=2, num_threads=1)
+    )
     whole = np.array(bundle.tokenizer.encode(text_of(kind)))
     evaluated = evaluate(model, bundle.tokenizer, whole).score
     texts = [text_of(kind), bundle.tokenizer.decode(text.tolist())]

@@ -24,12 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 PACKAGES = ("model", "training", "export", "server", "allattn")
 TENSOR_LIBRARIES = {"torch", "onnxruntime"}
-# where alone, in server/ and allattn/, torch is loaded
+# the modules of server/ and allattn/ that load torch, at their top or when a model is loaded
 TENSOR_MODULES = {"server.engine.runner", "server.engine.drawer", "allattn.generate"}
-    "server.engine.runner",
-    "server.engine.drawer",
-    "allattn.generate",
-}  # in server/ and allattn/, where alone torch is loaded
 ONE_MODULE = {  # packages that only one module of a room may import
     "tqdm": {"model": "model.tokenizer"},
     "onnxruntime": {"model.frozen": "model.frozen.onnx_graphs", "export": "export.quantise"},

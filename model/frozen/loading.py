@@ -1,16 +1,21 @@
 """Loads the model of a bundle or an artefact with the backend that the options name."""
 
+import logging
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from model.artefact import is_artefact, open_artefact
-from model.backends import AUTO, BACKENDS, LoadOptions, backends_for, names
-from model.bundle import Bundle, inspect_bundle
+from model.backends import AUTO, LoadOptions, chosen
+from model.bundle import Bundle, BundleError, inspect_bundle
 from model.frozen.baked import BakedLM, load_baked
 from model.frozen.exported import load_exported
 from model.frozen.served import ServedLM
+
+FALLBACK = "torch"  # serves if `auto` chose a backend that cannot load the model
+
+log = logging.getLogger(__name__)
 
 
 class LoadBundle(Protocol):
@@ -30,11 +35,19 @@ def load_model(path: Path, options: LoadOptions) -> ServedLM:
     """
     if is_artefact(path):
         return load_exported(open_artefact(path), options)
-    allowed = names(backends_for(None))
-    assert options.backend in (AUTO, *allowed)
-    backend = BACKENDS[allowed[0] if options.backend == AUTO else options.backend]
+    backend = chosen(options, kind=None)
+    assert backend.runs == "bundle"
+    bundle = inspect_bundle(path)
     load: LoadBundle = backend.import_loader()
-    return load(inspect_bundle(path), options)
+    if options.backend != AUTO or backend.name == FALLBACK:
+        return load(bundle, options)
+    try:
+        return load(bundle, options)
+    except BundleError:
+        raise
+    except ValueError as error:
+        log.warning("%s; the backend %s serves instead", error, FALLBACK)
+        return load_torch(bundle, options)
 
 
 def load_torch(bundle: Bundle, options: LoadOptions) -> BakedLM:

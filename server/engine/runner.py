@@ -99,6 +99,7 @@ class ModelRunner:
             state_bytes_per_row=self.cache.bytes_per_row + self.history.bytes_per_row,
             batch_invariant=batch_invariant,
             spans=tuple(map(tuple, self.model.spans)),
+            variant=getattr(self.model, "variant", None),
         )
 
     def _reads_alike(self, num_new: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Self, cast
 
 import msgspec
 
-from model.backends import BACKENDS
+from model.backends import chosen
 from server.config import EngineOptions
 from server.protocol.frames import End, Frames, encode_frame, socket_pair
 from server.protocol.messages import Died, FromEngine, ToEngine
@@ -133,7 +133,6 @@ def _thread_settings(options: EngineOptions) -> dict[str, str]:
     one machine, which must not all sit on the same cores. A backend with its own threads gets no variables: its threads
     would inherit the one core of the thread that makes them.
     """
-    backend = BACKENDS.get(options.backend)
-    if options.num_threads is not None or (backend is not None and backend.has_own_threads):
+    if options.num_threads is not None or chosen(options, kind=None).has_own_threads:
         return {}
     return {"OMP_PROC_BIND": "true", "GOMP_SPINCOUNT": "20000"}  # spin for some 50 us, then sleep

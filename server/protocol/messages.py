@@ -144,6 +144,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     state_bytes_per_row: int
     batch_invariant: bool  # whether a batch was seen to give each row, bit for bit, what it gets alone
     spans: tuple[tuple[int, ...], ...]  # how far each head of each layer looks back, in tokens
+    variant: str | None = None  # instructions of the native backend
 
     @property
     def state_bytes(self) -> int:

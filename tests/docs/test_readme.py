@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.docs.commands import PAGES, ROOT, blocks, commands
-from tests.support.artefacts import BACKENDS, shipped_folder
+from tests.support.artefacts import BACKENDS, named_backend, shipped_folder
 from training.corpus import SHAKESPEARE
 
 README = ROOT / "README.md"
@@ -44,6 +44,7 @@ def port(request, tmp_path_factory) -> Iterator[int]:
     model = tmp_path_factory.mktemp(request.param) / "default"
     shutil.copytree(shipped_folder(request.param), model)  # a link would not do: the server follows it to the name
     command = [sys.executable, "-m", "server", "--bundle", str(model), "--port", "0"]
+    command += ["--backend", named_backend(request.param)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         banner = ""

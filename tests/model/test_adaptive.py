@@ -24,7 +24,7 @@ from server.engine.engine import Engine
 from server.engine.runner import ModelRunner
 from server.protocol.messages import Generate
 from tests.support.agreement_bundle import ADAPTIVE, build_network, text_tokens, tokenizer_of
-from tests.support.artefacts import EACH_BACKEND, served_folder
+from tests.support.artefacts import EACH_BACKEND, named_backend, served_folder
 from training.config import DataConfig, OptimConfig, RunConfig
 from training.loop import Run
 
@@ -201,6 +201,7 @@ def test_the_bits_of_a_word_depend_on_no_other_word_in_the_batch() -> None:
 def test_a_model_of_words_is_served(backend) -> None:
     options = EngineOptions(
         bundle=served_folder("words", backend),
+        backend=named_backend(backend),
         num_rows=2,
         device="cpu",
         num_threads=1,

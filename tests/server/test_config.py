@@ -132,7 +132,7 @@ def test_help_names_every_flag_and_says_why_keys_have_none(capsys):
         (
             ["--backend", "tpu"],
             {},
-            "--backend = 'tpu': Input should be 'auto', 'torch', 'torchscript', 'onnx' or 'pt2'",
+            "--backend = 'tpu': Input should be 'auto', 'native', 'torch', 'torchscript', 'onnx' or 'pt2'",
         ),
         (["--batch-invariant", "perhaps"], {}, "--batch-invariant = 'perhaps'"),
         ([], {"ALLATTN_PROT": "1"}, "ALLATTN_PROT is not a setting; there are: bundle, backend, host, port,"),

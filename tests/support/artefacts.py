@@ -14,9 +14,12 @@ from model.frozen.baked import bake
 from model.frozen.exported import ExportedLM, load_exported
 from model.frozen.served import ServedLM
 from tests.support.agreement_bundle import build_network, text_of, write_bundle
+from tests.support.native_models import small_native
 
-BACKENDS = ("torch", "torchscript", "onnx")
-EACH_BACKEND = ("torch", "torchscript", pytest.param("onnx", marks=pytest.mark.slow))  # 20 s to write, then quick
+BUNDLE_BACKENDS = ("torch", "native")  # that run a bundle as it is
+BACKENDS = (*BUNDLE_BACKENDS, "torchscript", "onnx")
+# ONNX takes 20 s to write, and is quick then
+EACH_BACKEND = (*BUNDLE_BACKENDS, "torchscript", pytest.param("onnx", marks=pytest.mark.slow))
 SHIPPED = Path(__file__).parents[2] / "bundles" / "default"
 SHIPPED_BYTES = 3000  # of text that both score; what matters here is that they were exported at all
 
@@ -64,18 +67,25 @@ def model_of(kind: str = "masked", format: str = "onnx") -> ExportedLM:
 @cache
 def served_model(kind: str, backend: str) -> ServedLM:
     """The model as a backend runs it."""
+    if backend == "native":
+        return small_native(kind)
     return bake(build_network(kind)) if backend == "torch" else model_of(kind, backend)
+
+
+def named_backend(backend: str) -> str:
+    """The value of the setting `backend` that runs what `served_folder` and `shipped_folder` give."""
+    return backend if backend in BUNDLE_BACKENDS else "auto"
 
 
 def served_folder(kind: str, backend: str) -> Path:
     """What the server is told to serve, for a backend or a format of `export.run`."""
-    return bundle_of(kind) if backend == "torch" else artefact_of(kind, backend)
+    return bundle_of(kind) if backend in BUNDLE_BACKENDS else artefact_of(kind, backend)
 
 
 @cache
 def shipped_folder(backend: str) -> Path:
     """The same of the bundle that ships."""
-    if backend == "torch":
+    if backend in BUNDLE_BACKENDS:
         return SHIPPED
     out = folder() / f"shipped-{backend}"
     export(SHIPPED, out, format=backend, num_bytes=SHIPPED_BYTES)

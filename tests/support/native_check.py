@@ -17,7 +17,7 @@ PROGRAM = Path(__file__).with_suffix(".cpp")
 def compile_program(folder: Path, sanitizers: str) -> Path:
     """The program with the whole step in it."""
     compiler = find_compiler()
-    flags = [*FLAGS, "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{HERE}"]
+    flags = [*FLAGS, "-Werror", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{HERE}"]
     sources = [(HERE / f"{unit}.cpp", "", unit) for unit in UNITS] + [(PROGRAM, "", "program")]
     sources += [(HERE / "kernels.cpp", f"{KERNELS[name]} -DVARIANT={name}", name) for name in variants()]
     commands = [

@@ -44,12 +44,12 @@ def test_a_new_backend_serves_a_model(in_every_process):
 def test_a_new_backend_is_allowed_where_its_row_says(monkeypatch, tmp_path):
     monkeypatch.setitem(BACKENDS, "dummy", DUMMY)
     monkeypatch.setitem(BACKENDS, "kind", KIND)
-    assert names(backends_for(None)) == ("torch", "dummy")
+    assert names(backends_for(None)) == ("native", "torch", "dummy")
     assert names(backends_for("kind")) == ("kind",)
     settings = load_settings(["--bundle", str(bundle_of()), "--backend", "dummy"], environ={})
     assert open_model(settings)[1].backend == "dummy"
-    assert open_model(Settings(bundle=bundle_of()))[1].backend == "torch"
-    with pytest.raises(ConfigError, match=r"is a bundle; allowed: auto, torch, dummy; python -m export\.run"):
+    assert open_model(Settings(bundle=bundle_of()))[1].backend == "auto"
+    with pytest.raises(ConfigError, match=r"is a bundle; allowed: auto, native, torch, dummy; python -m export\.run"):
         open_model(Settings(bundle=bundle_of(), backend="kind"))
     folder = write_artefact(tmp_path / "artefact", kind="kind")
     assert open_model(Settings(bundle=folder))[1].backend == "kind"

@@ -19,10 +19,12 @@ import pytest
 import torch
 
 from model.artefact import GRAPHS
+from model.backends import BACKENDS
 from server.config import EngineOptions
 from server.engine.runner import ModelRunner
 from tests.support.agreement_bundle import TEXT
-from tests.support.artefacts import BACKENDS, EACH_BACKEND, artefact_of, served_folder
+from tests.support.artefacts import BACKENDS as SERVED_BACKENDS
+from tests.support.artefacts import EACH_BACKEND, artefact_of, named_backend, served_folder
 
 ROOT = Path(__file__).parents[3]
 NUM_ROWS = 4
@@ -83,7 +85,7 @@ def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Serve
 
 @pytest.fixture(scope="module")
 def torch_server() -> Iterator[Server]:
-    with serving(served_folder("masked", "torch")) as server:
+    with serving(served_folder("masked", "torch"), "--backend", "torch") as server:
         yield server
 
 
@@ -105,7 +107,7 @@ def other(request) -> str:
 
 @pytest.fixture(scope="module")
 def other_server(other) -> Iterator[Server]:
-    with serving(served_folder("masked", other)) as server:
+    with serving(served_folder("masked", other), "--backend", named_backend(other)) as server:
         yield server
 
 
@@ -164,7 +166,9 @@ def test_a_server_tells_its_backend(torch_server, other_server, other):
         engine = server.get("/info")["engine"]
         facts = {"backend": backend, "weights": "float32", "dtype": "float32", "device": "cpu"}
         assert {name: engine[name] for name in facts} == facts
-        assert f"engine   {backend}, float32 on cpu, {NUM_ROWS} rows" in server.banner
+        shown = backend if engine["variant"] is None else f"{backend} ({engine['variant']})"
+        assert (engine["variant"] is not None) is (backend == "native")
+        assert f"engine   {shown}, float32 on cpu, {NUM_ROWS} rows" in server.banner
 
 
 def test_the_fingerprint_differs_between_backends(torch_server, other_server):
@@ -189,7 +193,7 @@ def test_weights_of_8_bits_are_told():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SERVED_BACKENDS)
 def test_an_engine_that_is_killed_under_load_is_replaced_and_answers_as_before(backend):
     asked = {"inputs": TEXT[:150], "parameters": DRAWN | PENALISED}
     endless = {"inputs": TEXT, "stream": True, "parameters": {"temperature": 1.0, "max_new_tokens": None}}
@@ -198,7 +202,10 @@ def test_an_engine_that_is_killed_under_load_is_replaced_and_answers_as_before(b
         with server.client.stream("POST", "/generate", json=endless) as stream:
             return json.loads([line for line in stream.iter_lines() if line][-1].removeprefix("data: "))
 
-    with serving(served_folder("masked", backend)) as server, ThreadPoolExecutor(2 * NUM_ROWS) as pool:
+    with (
+        serving(served_folder("masked", backend), "--backend", named_backend(backend)) as server,
+        ThreadPoolExecutor(2 * NUM_ROWS) as pool,
+    ):
         before = without_clock(server.post("/generate", asked))
         first = server.engine
         streams = [pool.submit(last_event) for _ in range(2 * NUM_ROWS)]
@@ -222,9 +229,9 @@ def becomes_true(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_threads_are_pinned_but_for_onnx_runtime(torch_server, other_server, other):
-    """A thread that ONNX Runtime makes inherits the cores of its maker, which would be one."""
-    for server, is_pinned in ((torch_server, True), (other_server, other != "onnx")):
+def test_threads_are_pinned_but_for_backends_with_threads_of_their_own(torch_server, other_server, other):
+    """A thread that such a backend makes inherits the cores of its maker, which would be one."""
+    for server, is_pinned in ((torch_server, True), (other_server, not BACKENDS[other].has_own_threads)):
         assert (f"{PINNED}=true" in (server.engine / "environ").read_text()) is is_pinned
 
 

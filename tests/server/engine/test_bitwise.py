@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.artefacts import BACKENDS, artefact_of, shipped_folder
+from tests.support.artefacts import BACKENDS, artefact_of, named_backend, shipped_folder
 from tests.support.live_server import live_server
 from training.corpus import SHAKESPEARE
 
@@ -37,7 +37,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=[*BACKENDS, "onnx-int8"])
 def client(request) -> Iterator[httpx.Client]:
     served = artefact_of("masked", "onnx-int8") if request.param == "onnx-int8" else shipped_folder(request.param)
-    with live_server(served, "--num-rows", str(NUM_ROWS)) as url, httpx.Client(base_url=url, timeout=300) as client:
+    with (
+        live_server(served, "--num-rows", str(NUM_ROWS), "--backend", named_backend(request.param)) as url,
+        httpx.Client(base_url=url, timeout=300) as client,
+    ):
         yield client
 
 

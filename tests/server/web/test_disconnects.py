@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.artefacts import BACKENDS, shipped_folder
+from tests.support.artefacts import BACKENDS, named_backend, shipped_folder
 
 ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -46,7 +46,7 @@ async def leave_early(port: int, rng: random.Random, number: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 async def test_200_random_disconnects_leave_no_row_used(backend):
     command = [sys.executable, "-m", "server", "--bundle", str(shipped_folder(backend)), "--port", "0"]
-    command += ["--num-rows", "4", "--max-waiting", "1000"]
+    command += ["--backend", named_backend(backend), "--num-rows", "4", "--max-waiting", "1000"]
     server = await asyncio.create_subprocess_exec(
         *command, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
     )
