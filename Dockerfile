@@ -22,6 +22,10 @@ RUN python -c "import sys, tomllib; project = tomllib.load(open('pyproject.toml'
         > /tmp/requirements.txt \
     && pip --python /opt/venv/bin/python install --requirement /tmp/requirements.txt
 COPY . .
+# The native step is compiled with a compiler from PyPI, which does not stay in the image.
+RUN pip install --target /tmp/zig ziglang==0.17.1 \
+    && PYTHONPATH=/app:/tmp/zig /opt/venv/bin/python -m model.frozen.native.build \
+    && rm -rf /tmp/zig
 # The code runs from here, by PYTHONPATH. Of the package only its name, its version, which /info tells, and the command
 # allattn are installed. Nobody can write here when the image runs, so the bytecode is made now.
 RUN mkdir /tmp/allattn && cp pyproject.toml README.md LICENSE /tmp/allattn \
