@@ -54,7 +54,7 @@ class Piece(NamedTuple):
     logprob: float | None  # of the token, nats; None where there is none
 
 
-class Tally:
+class OutputStats:
     """Counts the output, for the figures at its end."""
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ def _reason(error: HTTPError) -> str:
 
 def _write(pieces: Iterable[Piece], *, parameters: Parameters, stats: bool) -> int:
     """Write all pieces to standard output, and the figures to standard error; returns the exit status."""
-    tally, out, is_terminal, text = Tally(), sys.stdout.buffer, sys.stdout.isatty(), ""
+    tally, out, is_terminal, text = OutputStats(), sys.stdout.buffer, sys.stdout.isatty(), ""
     try:
         for piece in pieces:
             tally.add(piece)

@@ -27,7 +27,7 @@ from model.bundle import open_bundle
 from model.config import ModelConfig
 from model.frozen.served import score_document
 from model.sampling.params import SamplingParams
-from model.scoring import Score
+from model.scoring import TextFigures
 from model.tokenizer import Tokenizer
 from server.config import EngineOptions
 from server.engine.runner import ModelRunner
@@ -104,7 +104,7 @@ def bits_per_byte(runner: ModelRunner, tokenizer: Tokenizer, text: Path, *, num_
         for some, _ in score_document(runner.model, tokens):
             logprobs += some.tolist()
             bar.update(len(some))
-    found = Score.of(tokenizer, tokens[1:].tolist(), logprobs).bits_per_byte
+    found = TextFigures.of(tokenizer, tokens[1:].tolist(), logprobs).bits_per_byte
     assert found is not None
     return found
 

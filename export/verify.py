@@ -23,7 +23,7 @@ from model.bundle import Bundle, BundleError, open_bundle
 from model.frozen.baked import BakedLM, load_baked
 from model.frozen.exported import ExportedLM, load_exported
 from model.frozen.served import ServedLM, score_document
-from model.scoring import Score
+from model.scoring import TextFigures
 from model.tokenizer import Tokenizer, TokenizerError
 
 TEXT = Path(__file__).parents[1] / "training" / "corpora" / "shakespeare.txt"
@@ -208,7 +208,7 @@ def read_text(file: Path, tokenizer: Tokenizer, *, num_bytes: int) -> np.ndarray
     return tokens
 
 
-def _score(model: ServedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label: str) -> Score:
+def _score(model: ServedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label: str) -> TextFigures:
     logprobs: list[float] = []
     with tqdm(
         total=len(tokens) - 1, desc=f"score, {label}", unit="tok", unit_scale=True, leave=False, disable=None
@@ -216,7 +216,7 @@ def _score(model: ServedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label: 
         for some, _ in score_document(model, tokens):
             logprobs += some.tolist()
             bar.update(len(some))
-    return Score.of(tokenizer, tokens[1:].tolist(), logprobs)
+    return TextFigures.of(tokenizer, tokens[1:].tolist(), logprobs)
 
 
 def _difference(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ class TokenBytes(Protocol):
 
 
 @dataclass(frozen=True)
-class Score:
+class TextFigures:
     """Log-probability of a text and its size in every unit."""
 
     logprob: float  # nats, summed over the scored tokens
@@ -74,32 +74,32 @@ class Score:
         return -self.logprob / units if units else None
 
 
-class Tally:
-    """The running score of a text that comes in pieces, in constant memory.
+class RunningFigures:
+    """The running figures of a text that comes in pieces, in constant memory.
 
-    Equals `Score.of` over the whole text: a word that spans two pieces counts once, and the rounding error of the sum
-    of log-probabilities is carried along.
+    They equal `TextFigures.of` over the whole text: a word that spans two pieces counts once, and the rounding error of
+    the sum of log-probabilities is carried along.
     """
 
     def __init__(self, tokenizer: TokenBytes) -> None:
         self._tokenizer = tokenizer
-        self._sum = Score(logprob=0.0, num_tokens=0, num_bytes=0, num_chars=0, num_words=0)
+        self._sum = TextFigures(logprob=0.0, num_tokens=0, num_bytes=0, num_chars=0, num_words=0)
         self._rest = 0.0  # the exact sum minus the rounded sum
         self._in_word = False  # whether the text so far ends inside a word
 
     @property
-    def score(self) -> Score:
+    def score(self) -> TextFigures:
         """The score of all tokens added so far."""
         return self._sum
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
         """Add the next tokens, each with its log-probability."""
         text = b"".join(map(self._tokenizer.token_bytes, tokens))
-        new, before = Score.of_text(text, logprobs), self._sum
+        new, before = TextFigures.of_text(text, logprobs), self._sum
         parts = [before.logprob, self._rest, *logprobs]
         total = math.fsum(parts)
         self._rest = math.fsum([*parts, -total]) if math.isfinite(total) else 0.0
-        self._sum = Score(
+        self._sum = TextFigures(
             logprob=total,
             num_tokens=before.num_tokens + new.num_tokens,
             num_bytes=before.num_bytes + new.num_bytes,

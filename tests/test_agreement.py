@@ -18,7 +18,7 @@ from model.frozen.baked import bake
 from model.frozen.served import ServedLM, score_document
 from model.network.network import AllAttentionLM
 from model.sampling.params import SamplingParams
-from model.scoring import Score
+from model.scoring import TextFigures
 from server.app import create_app
 from server.config import EngineOptions, Settings
 from server.engine.engine import Engine
@@ -234,7 +234,7 @@ def test_score_over_http_equals_evaluate_and_the_oracle(kind, backend, network, 
         assert reply[figure] == pytest.approx(getattr(evaluated, figure), rel=1e-6), figure
     logits = training_logits(network, text, [LENGTH])
     logprobs = logits.log_softmax(-1)[:-1].gather(-1, torch.from_numpy(text[1:, None]))[:, 0]
-    by_training = Score.of(bundle.tokenizer, text[1:].tolist(), logprobs.tolist())
+    by_training = TextFigures.of(bundle.tokenizer, text[1:].tolist(), logprobs.tolist())
     assert part["bits_per_byte"] == pytest.approx(by_training.bits_per_byte, rel=1e-5)
 
 

@@ -1,6 +1,6 @@
 """Evaluation of a model: the exact loss of a split in one pass, and the loss at the start of fresh streams.
 
-Both use the baked model, which is the model that is served, and `model.scoring.Score`, so /score returns the same.
+Both use the baked model, which is the model that torch serves, and `model.scoring`, so /score returns the same.
 `python -m training.evaluate BUNDLE --data NAME` prints the loss of a whole split, encoded by the bundle's tokenizer.
 """
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from model.bundle import BundleError, open_bundle
 from model.frozen.baked import BakedLM, load_baked
 from model.frozen.served import score_document, score_positions
-from model.scoring import Score, Tally
+from model.scoring import RunningFigures, TextFigures
 from model.tokenizer import BytesTokenizer, Tokenizer, encode_corpus
 from training.config import DataConfig
 from training.corpus import CorpusError, load_corpus
@@ -36,8 +36,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Evaluation:
     """The scores of one split."""
 
-    score: Score  # of every token after the first, given all tokens before it
-    cold: dict[int, Score]  # for each n in COLD_LENGTHS, of the first n tokens of fresh streams
+    score: TextFigures  # of every token after the first, given all tokens before it
+    cold: dict[int, TextFigures]  # for each n in COLD_LENGTHS, of the first n tokens of fresh streams
 
 
 class EvaluationError(ValueError):
@@ -45,7 +45,7 @@ class EvaluationError(ValueError):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Score a split of a corpus with a bundle and print the figures; returns the exit status."""
+    """TextFigures a split of a corpus with a bundle and print the figures; returns the exit status."""
     args = _parser().parse_args(argv)
     try:
         device = _device(args.device)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate(model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label: str = "evaluate") -> Evaluation:
-    """Score a whole split.
+    """TextFigures a whole split.
 
     Args:
         tokens: [n] integers, n >= 2.
@@ -75,9 +75,9 @@ def evaluate(model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label:
     return Evaluation(score, cold_start(model, tokenizer, tokens))
 
 
-def score_tokens(model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label: str = "score") -> Score:
+def score_tokens(model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label: str = "score") -> TextFigures:
     """The exact score of tokens[1:], each given all tokens before it, in one pass with constant memory."""
-    tally, pause = Tally(tokenizer), redraw_seconds()
+    tally, pause = RunningFigures(tokenizer), redraw_seconds()
     with tqdm(
         total=len(tokens) - 1, desc=label, unit="tok", unit_scale=True, mininterval=pause, maxinterval=pause
     ) as bar:
@@ -90,7 +90,7 @@ def score_tokens(model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, la
 
 def cold_start(
     model: BakedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, lengths: Sequence[int] = COLD_LENGTHS
-) -> dict[int, Score]:
+) -> dict[int, TextFigures]:
     """Scores of the first tokens of fresh streams that begin at evenly spaced positions of a split.
 
     Returns:
@@ -106,7 +106,9 @@ def cold_start(
         [_score_fresh(model, windows[first : first + COLD_BATCH]) for first in range(0, COLD_STREAMS, COLD_BATCH)]
     )
     return {
-        length: Score.of(tokenizer, windows[:, 1 : length + 1].ravel().tolist(), logprobs[:, :length].ravel().tolist())
+        length: TextFigures.of(
+            tokenizer, windows[:, 1 : length + 1].ravel().tolist(), logprobs[:, :length].ravel().tolist()
+        )
         for length in lengths
     }
 
@@ -140,7 +142,7 @@ def read_split(args: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
     return tokens
 
 
-def figures(score: Score) -> dict[str, Any]:
+def figures(score: TextFigures) -> dict[str, Any]:
     """A score in every unit, as plain values for JSON."""
     return {
         "bits_per_char": score.bits_per_char,

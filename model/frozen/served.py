@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.frozen.cache import RingCache
-from model.sampling.draw import BYTES_TO_SCORE, Scored, join_scored, lines_at_once, score_targets
+from model.sampling.draw import BYTES_TO_SCORE, TokenScores, join_scored, lines_at_once, score_targets
 
 # MKL and oneDNN, fp32: from 4 to 128 rows all were equal bit for bit.
 TORCH_INVARIANT_ROWS = 4
@@ -100,7 +100,7 @@ class ScoresInside(Protocol):
 @torch.inference_mode()
 def score_positions(
     model: ServedLM, hidden: Tensor, targets: Tensor, *, num_top: int = 0, entropy: bool = False
-) -> Scored:
+) -> TokenScores:
     """`score_targets` from hidden states, a few positions at a time, so that memory is bounded for any vocabulary.
 
     Args:
@@ -122,11 +122,11 @@ def score_positions(
 
 def _score_inside(
     model: ScoresInside, hidden: Tensor, targets: Tensor, *, num_top: int, entropy: bool, size: int
-) -> Scored:
+) -> TokenScores:
     """Take log-probabilities and ranks from the model's own step, and the rest, if asked for, from its logits."""
     logprobs, ranks = model.score(hidden, targets)
     if not num_top and not entropy:
-        return Scored(logprobs, ranks, None, None, None)
+        return TokenScores(logprobs, ranks, None, None, None)
     parts = [
         score_targets(
             model.logits(hidden[start : start + size]), targets[start : start + size], num_top=num_top, entropy=entropy

@@ -25,7 +25,7 @@ BYTES_TO_SCORE = 24  # a logit: logits, log-probabilities and the temporaries of
 BYTES_TO_DRAW = 96  # a logit: fixed-point weights, their sorted copies, and the doubles of typical_p
 
 
-class Drawn(NamedTuple):
+class DrawnTokens(NamedTuple):
     """Drawn tokens. Log-probabilities are log softmax(logits): temperature 1, no filter, no penalty."""
 
     tokens: Tensor  # [B] int64
@@ -34,7 +34,7 @@ class Drawn(NamedTuple):
     top_logprobs: Tensor | None  # [B, n] fp32
 
 
-class Scored(NamedTuple):
+class TokenScores(NamedTuple):
     """Log-probabilities and ranks of given tokens; the other fields are None unless requested."""
 
     logprobs: Tensor  # [...] fp32, nats
@@ -101,7 +101,7 @@ def draw(
     num_generated: Sequence[int],
     history: History | None = None,
     rows: Sequence[int] = (),
-) -> Drawn:
+) -> DrawnTokens:
     """Draw one token a line: the most probable token if greedy, else by inverting the cumulative distribution.
 
     The order is: repetition, frequency and presence penalties, bias, bans of end tokens; then for greedy lines the
@@ -122,10 +122,10 @@ def draw(
     logprobs = logits.log_softmax(-1)
     top_ids = _best(logits, draws.num_top) if draws.num_top else None
     top_logprobs = logprobs.gather(-1, top_ids) if top_ids is not None else None
-    return Drawn(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top_ids, top_logprobs)
+    return DrawnTokens(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top_ids, top_logprobs)
 
 
-def score_targets(logits: Tensor, targets: Tensor, *, num_top: int = 0, entropy: bool = False) -> Scored:
+def score_targets(logits: Tensor, targets: Tensor, *, num_top: int = 0, entropy: bool = False) -> TokenScores:
     """Log-probabilities and ranks of given tokens; on request also the best tokens and the entropy.
 
     Args:
@@ -137,15 +137,15 @@ def score_targets(logits: Tensor, targets: Tensor, *, num_top: int = 0, entropy:
     ranks = (logits > logits.gather(-1, targets[..., None])).sum(-1)
     top_ids = _best(logits, num_top) if num_top else None
     top_logprobs = logprobs.gather(-1, top_ids) if top_ids is not None else None
-    return Scored(target_logprobs, ranks, top_ids, top_logprobs, _entropy(logprobs) if entropy else None)
+    return TokenScores(target_logprobs, ranks, top_ids, top_logprobs, _entropy(logprobs) if entropy else None)
 
 
-def join_scored(parts: Sequence[Scored]) -> Scored:
+def join_scored(parts: Sequence[TokenScores]) -> TokenScores:
     """Concatenate the scores of consecutive parts of a text."""
     if len(parts) == 1:
         return parts[0]
     logprobs, ranks, top_ids, top_logprobs, entropies = zip(*parts, strict=True)
-    return Scored(torch.cat(logprobs), torch.cat(ranks), *map(_joined, (top_ids, top_logprobs, entropies)))
+    return TokenScores(torch.cat(logprobs), torch.cat(ranks), *map(_joined, (top_ids, top_logprobs, entropies)))
 
 
 def lines_at_once(vocab_size: int, *, bytes_per_score: int, device: torch.device, least: int = 1) -> int:

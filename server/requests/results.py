@@ -5,7 +5,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
-from model.scoring import Score
+from model.scoring import TextFigures
 from server.protocol.messages import FinishReason, Timings
 
 
@@ -85,7 +85,7 @@ class Generated(Struct, frozen=True):
 class TextScore(Struct, frozen=True):
     """The score of one text over its scored tokens."""
 
-    figures: Score
+    figures: TextFigures
     is_greedy: bool  # whether each token of the text is the most probable token at its position
 
 

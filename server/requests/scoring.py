@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from model.scoring import Tally
+from model.scoring import RunningFigures
 from server.errors import Cancelled, Draining, RequestTimeout, ServerError
 from server.protocol.messages import TOKEN_BYTES, Ended, Extras, Score, Scores
 from server.requests.offload import beside_the_loop
@@ -63,7 +63,7 @@ class Scoring:
         self.plan = plan
         self.live = live
         self._service = service
-        self._tally = Tally(service.tokenizer)
+        self._tally = RunningFigures(service.tokenizer)
         self._is_greedy = True
         self._lister = TokenLister(service.tokenizer, num_tokens=len(plan.tokens), extras=plan.extras)
         self._entries: list[ScoredToken] = []  # listed tokens that no output has yet

@@ -59,6 +59,8 @@ PROOFS: dict[str, Proof] = {  # pattern of a whole line: its proof
     r"\S+/python -m export\.verify .*": Proof("run", more="--num-bytes 3000"),
     r"\S+/python generate\.py .*": Proof("run", says="It was a dark"),
     r"\S+/python -m docs\.pictures": Proof("run"),
+    r"\S+/python -m model\.frozen\.native\.build": Proof("run", says=r"liballattn-"),
+    r"\S+/python -m server .*--help": Proof("run", says=r"--native-variant"),
     r"make docs": Proof("run"),
     r"\S+/allattn bench decode .*": Proof("run", more="--repeats 1", says=r'"tokens_per_s"'),
     r"\S+/allattn bench load .*": Proof("run", more="--seconds 1 --repeats 1 --concurrency 1", says="share_of_engine"),

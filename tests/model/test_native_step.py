@@ -14,7 +14,7 @@ from model.frozen.native.lm import NativeLM, load_native
 from model.frozen.served import score_document
 from model.sampling.draw import Draws, draw, score_targets
 from model.sampling.params import SamplingParams
-from model.scoring import Score
+from model.scoring import TextFigures
 from server.config import EngineOptions
 from server.engine.engine import Engine
 from server.engine.runner import ModelRunner
@@ -318,5 +318,5 @@ def test_rounded_weights_cost_few_bits_on_a_real_text(weights, bound):
         ),
     ):
         logprobs = np.concatenate([some for some, _ in score_document(model, tokens)]).tolist()
-        found.append(Score.of(bundle.tokenizer, tokens[1:].tolist(), logprobs).bits_per_byte)
+        found.append(TextFigures.of(bundle.tokenizer, tokens[1:].tolist(), logprobs).bits_per_byte)
     assert found[1] - found[0] < bound

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.frozen.baked import bake
 from model.frozen.served import score_document
 from model.network.network import AllAttentionLM
-from model.scoring import Score
+from model.scoring import TextFigures
 from model.tokenizer import BytesTokenizer, Tokenizer, train_bpe, train_words
 from tests.support.agreement_bundle import TEXT, build_network, text_tokens, write_bundle
 from training.evaluate import COLD_STREAMS, cold_start, evaluate, main, score_tokens
@@ -54,7 +54,7 @@ def write_tiny_bundle(path: Path, tokenizer: Tokenizer, **fields: object) -> Pat
 def test_a_split_scores_as_all_its_log_probabilities_in_one_piece(baked):
     tokens = np.tile(text_tokens(330), 3)  # four chunks of 256, the last one shorter
     logprobs = [number for chunk, _ in score_document(baked, tokens) for number in chunk.tolist()]
-    whole = Score.of(BytesTokenizer(), tokens[1:].tolist(), logprobs)
+    whole = TextFigures.of(BytesTokenizer(), tokens[1:].tolist(), logprobs)
     assert score_tokens(baked, BytesTokenizer(), tokens) == whole
     assert whole.num_tokens == 3 * 330 - 1
 

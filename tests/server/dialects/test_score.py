@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from model.scoring import Score as Figures
-from model.scoring import Tally
+from model.scoring import RunningFigures
+from model.scoring import TextFigures as Figures
 from model.tokenizer import BytesTokenizer
 from server.config import Settings
 from server.dialects.score.replies import score_event
@@ -85,7 +85,7 @@ async def test_a_document_is_scored_in_the_units_of_the_shared_function(chunk):
 
 @given(st.lists(st.integers(1, 5)), st.text(" \n\tab\x0b\x1cé→", max_size=30))
 def test_sums_over_stretches_are_the_sums_over_the_whole(sizes, text):
-    tally, tokens = Tally(BytesTokenizer()), ids_of(text)
+    tally, tokens = RunningFigures(BytesTokenizer()), ids_of(text)
     for part in np.split(tokens, np.cumsum(sizes)):  # stretches begin and end within characters too
         tally.add(part.tolist(), fake_logprobs(part).tolist())
     assert {name: getattr(tally.score, name) for name in FIGURES} == expected(tokens)
