@@ -16,6 +16,7 @@ from server.dialects.generate.schema import GenerateRequest, GenerateStreamReque
 from server.dialects.sampling import plan_generations
 from server.protocol.json import encode, encode_event
 from server.protocol.messages import Extras, Generate, Score, Timings
+from server.requests.generation import JSON_BYTES
 from server.requests.group import GenerationGroup
 from server.requests.offload import beside_the_loop
 from server.requests.plan import GenerationPlan
@@ -82,7 +83,7 @@ class GenerateWork:
 
     async def reply(self, results: list[Generated]) -> bytes:
         """Return the plain reply as JSON."""
-        size = sum(len(result.prompt or ()) for result in results)
+        size = JSON_BYTES * sum(len(result.prompt or ()) for result in results)
         return await beside_the_loop(lambda: self._encode_replies(results), size=size)
 
     def summary(self) -> WorkSummary:
