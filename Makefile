@@ -1,6 +1,6 @@
-# make serve | train | test | test-fast | test-ray | check | bench | soak | docs | docker-check | clean. Each sets up the
-# Python packages that it needs in .venv (test-ray in .venv-ray). `PYTHON=python3.12 make serve` picks another
-# interpreter. make test-tools | browser | promtool | compiler: install programs that tests need, as root on Debian.
+# make serve | train | test | test-fast | test-ray | check | bench | soak | docs | docker-check | clean. Each target
+# installs the Python packages that it needs in .venv (test-ray: .venv-ray). `make serve PYTHON=python3.12` uses another
+# interpreter. make test-tools | browser | promtool | compiler install programs that tests need, as root on Debian.
 PYTHON ?= python3
 BUNDLE ?= bundles/default
 PORT ?= 8000
@@ -35,7 +35,7 @@ check: .venv
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# The native step under the address, undefined-behaviour and thread sanitizers; some minutes.
+# Runs the native step under the address, undefined-behaviour and thread sanitizers; takes some minutes.
 check-native: .venv
 	PYTHONPATH=. $(RUN) tests/support/native_check.py
 
@@ -47,7 +47,7 @@ bench: .venv
 soak: .venv
 	@$(RUN) -m benchmarks.soak --bundle $(BUNDLE) --minutes $(MINUTES)
 
-# needs docker, podman or buildah, and no .venv
+# This needs docker, podman or buildah, but no .venv.
 docker-check:
 	deploy/docker-check.sh
 
@@ -57,28 +57,28 @@ docs: .venv
 clean:
 	rm -rf .venv .venv-ray .cache build *.egg-info
 
-# Everything outside of .venv that a test needs. Where a program is missing, its tests are skipped; in CI they fail.
+# Installs every program outside .venv that a test needs. Without a program its tests are skipped; in CI they fail.
 test-tools: browser promtool compiler
 	@command -v curl > /dev/null && command -v ip > /dev/null || $(APT) install -y --no-install-recommends curl iproute2
 
 apt-lists:
 	@$(APT) update
 
-# For the tests of the page at /.
+# Chromium, for the tests of the page at /.
 browser: apt-lists
 	$(APT) install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core
 
-# For the tests of the alerts and the dashboard: promtool alone, since the package would start a Prometheus, too.
+# promtool, for the tests of the alerts and the dashboard; without its package, which would start Prometheus too.
 promtool: apt-lists
 	folder=$$(mktemp -d) && chown _apt $$folder && cd $$folder && $(APT) download prometheus \
 	    && dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 -C /usr/local/bin ./usr/bin/promtool \
 	    && rm -r $$folder
 
-# For torch.compile on a CPU, and for exports of the format pt2.
+# A C++ compiler, for torch.compile on a CPU and for exports in the format pt2.
 compiler: apt-lists
 	@command -v g++ > /dev/null || $(APT) install -y --no-install-recommends g++
 
-# torch comes first and alone: pip then takes a CPU build where one is at hand, and nothing after it changes the version.
+# pip installs torch first and alone: it then takes a CPU build if it finds one, and later packages keep that version.
 .venv: EXTRAS = test
 .venv-ray: EXTRAS = server,ray,pytest
 .venv .venv-ray: pyproject.toml

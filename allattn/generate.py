@@ -1,7 +1,7 @@
-"""`python -m allattn.generate`, or `allattn generate`: continue a text in the terminal.
+"""Continue a text in the terminal: `python -m allattn.generate`, or `allattn generate`.
 
-The engine runs in this process with a single row; with --url the command asks a server at POST /generate instead.
-Equal seeds give equal texts both ways.
+The engine runs in this process with a single row; with --url the command sends the request to a server's POST /generate
+instead. Both ways, equal seeds give equal texts.
 """
 
 import json
@@ -27,9 +27,9 @@ from server.requests.output_text import OutputText
 from server.requests.prompts import read_prompts
 from server.served_model import open_model
 
-ENOUGH = ("length", "eos_token", "stop_sequence")  # finish reasons of a text that is whole
+ENOUGH = ("length", "eos_token", "stop_sequence")  # finish reasons of a complete text
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit statuses that shells give for SIGINT and SIGPIPE
-_SHOWN = {  # a visible sign for each character that a terminal would obey
+_SHOWN = {  # a visible sign for each control character, which a terminal would obey
     code: 0x2400 + code if code < 0x20 else 0xFFFD
     for code in range(0xA0)
     if unicodedata.category(chr(code)) == "Cc" and chr(code) not in "\n\t"
@@ -37,25 +37,25 @@ _SHOWN = {  # a visible sign for each character that a terminal would obey
 
 
 class AnswerError(Exception):
-    """A server cannot be reached, refuses, breaks off, or is not an allattn server."""
+    """The server cannot be reached, refuses, breaks off, or is not an allattn server."""
 
 
 class _StayHere(HTTPRedirectHandler):
-    """Follows no redirect: another host must get neither the prompt nor the key."""
+    """A redirect handler that follows no redirect: another host must get neither the prompt nor the key."""
 
     def redirect_request(self, *_: object) -> None:
-        """Returns None, which urllib takes for an error."""
+        """Return None, which urllib treats as an error."""
 
 
 class Piece(NamedTuple):
-    """The text that one token, or the end, made certain."""
+    """The text that one token, or the end of the output, released."""
 
     text: str
-    logprob: float | None  # of the token, nats; None where there is none
+    logprob: float | None  # log-probability of the token, nats; None for the end
 
 
 class OutputStats:
-    """Counts the output, for the figures at its end."""
+    """Counts and times of the output, for the line of figures at the end."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -63,7 +63,7 @@ class OutputStats:
         self._first = self._last = 0.0
 
     def add(self, piece: Piece) -> None:
-        """Count a piece that has just come."""
+        """Count a piece that has just arrived."""
         if piece.logprob is None:
             return
         self._last = time.perf_counter()
@@ -72,7 +72,7 @@ class OutputStats:
         self.logprob_sum += piece.logprob
 
     def describe(self, parameters: Parameters) -> str:
-        """One line."""
+        """Return the figures in one line."""
         drawn = "greedy" if parameters.is_greedy else f"seed {parameters.seed}"
         parts = [drawn, f"{self.num_tokens} token{'' if self.num_tokens == 1 else 's'}"]
         if self._last > self._first:
@@ -83,11 +83,11 @@ class OutputStats:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write a continuation to standard output as it comes; returns the exit status."""
+    """Write the continuation to standard output as it arrives; return the exit status."""
     try:
         asked = read_flags(argv)
         return _write(_pieces(asked), parameters=asked.request.parameters, stats=asked.stats)
-    except KeyboardInterrupt:  # before there was anything to write
+    except KeyboardInterrupt:  # before the first piece was written
         return INTERRUPTED
     except InvalidField as error:
         return _complain(in_flags(error), status=2)
@@ -108,8 +108,8 @@ def generate_here(request: GenerateRequest, settings: Settings) -> Iterator[Piec
     """Yield the continuation from an engine in this process.
 
     Raises:
-        BundleError, ConfigError, InvalidField: the model cannot be opened as asked, or cannot read the prompt.
-        InternalError: the model failed on the way.
+        BundleError, ConfigError, InvalidField: the model cannot be opened as the settings say or cannot read the text.
+        InternalError: the model failed while it generated.
     """
     bundle, settings = open_model(settings)
     tokenizer = bundle.tokenizer
@@ -146,7 +146,7 @@ def generate_there(request: GenerateRequest, *, url: str, key: str | None) -> It
         with build_opener(_StayHere).open(asked) as answer:
             for line in answer:
                 if not line.startswith(b"data:"):
-                    continue  # between events, or a ping
+                    continue  # an empty line between events, or a ping
                 event = json.loads(line.removeprefix(b"data:"))
                 if "error" in event:
                     raise AnswerError(f"{url}: {event['error']['message']}")
@@ -161,7 +161,7 @@ def generate_there(request: GenerateRequest, *, url: str, key: str | None) -> It
     except (OSError, HTTPException) as error:
         raise AnswerError(f"{url} broke off: {error}") from error
     except (LookupError, TypeError, ValueError) as error:
-        raise AnswerError(f"{url} sent what is no event of this server: {line[:60]!r}") from error
+        raise AnswerError(f"{url} sent an unknown event: {line[:60]!r}") from error
     if details is None:
         raise AnswerError(f"{url} broke off")
     if details["finish_reason"] not in ENOUGH:
@@ -169,7 +169,7 @@ def generate_there(request: GenerateRequest, *, url: str, key: str | None) -> It
 
 
 def _reason(error: HTTPError) -> str:
-    """Returns the server's message, or the HTTP status if the body is not an allattn error."""
+    """Return the server's message, or the HTTP status if the body is not an allattn error."""
     try:
         message: str = json.loads(error.read())["error"]["message"]
     except (ValueError, LookupError, TypeError):
@@ -178,23 +178,23 @@ def _reason(error: HTTPError) -> str:
 
 
 def _write(pieces: Iterable[Piece], *, parameters: Parameters, stats: bool) -> int:
-    """Write all pieces to standard output, and the figures to standard error; returns the exit status."""
-    tally, out, is_terminal, text = OutputStats(), sys.stdout.buffer, sys.stdout.isatty(), ""
+    """Write all pieces to standard output and the figures to standard error; return the exit status."""
+    figures, out, is_terminal, text = OutputStats(), sys.stdout.buffer, sys.stdout.isatty(), ""
     try:
         for piece in pieces:
-            tally.add(piece)
+            figures.add(piece)
             text = piece.text or text
             _put(out, printable(piece.text) if is_terminal else piece.text)
         status = 0
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except BrokenPipeError:  # who reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+    except BrokenPipeError:  # the reader of the pipe has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at its end
         return BROKEN_PIPE
     if is_terminal and not text.endswith("\n"):
         _put(out, "\n")
     if stats or sys.stderr.isatty():
-        print(tally.describe(parameters), file=sys.stderr)
+        print(figures.describe(parameters), file=sys.stderr)
     return status
 
 
@@ -205,7 +205,7 @@ def _put(out: BinaryIO, text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Returns the text with control characters, except line ends and tabs, as visible signs."""
+    """Return the text with a visible sign for each control character except line ends and tabs."""
     return text.translate(_SHOWN)
 
 

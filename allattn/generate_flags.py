@@ -1,6 +1,6 @@
-"""The command line of `allattn generate`: flags become a request for POST /generate and settings of a model.
+"""The command line of `allattn generate`: flags become a request for POST /generate and the settings of a model.
 
-Numbers are texts here; `Parameters` and `Settings` know types and ranges.
+Numbers stay strings here; `Parameters` and `Settings` check their types and ranges.
 """
 
 import argparse
@@ -19,27 +19,27 @@ from server.web.body import parse
 
 
 def _flagged(*types: object) -> tuple[str, ...]:
-    """Return the names of the parameters of these types."""
+    """Return the names of the parameters that have one of these types."""
     return tuple(name for name in ONE_TEXT_FIELDS if Parameters.model_fields[name].annotation in types)
 
 
 NUMBERS = _flagged(int, float, int | None, float | None)
 SWITCHES = _flagged(bool, bool | None)
-# settings of a model in this process
+# settings that apply to a model in this process
 HERE = ("bundle", *(name for name in LoadOptions.model_fields if name != "backend"))
-KEY_FILE = "api_key_file"  # the one setting that goes with --url
+KEY_FILE = "api_key_file"  # the one setting that applies with --url
 METAVARS = {"bundle": "DIR", "num_threads": "N", KEY_FILE: "FILE"}
-HELP = {  # in place of descriptions that are written for the server
-    KEY_FILE: "file of API keys, one a line, of which the first is sent to the server",
-    "max_new_tokens": "none = until something else ends it [128]",
-    "do_sample": "sample at temperature 1 unless another is given",
-    "seed": "of what is drawn; told at the end, see --stats",
+HELP = {  # help texts that replace descriptions written for the server
+    KEY_FILE: "file with one API key per line; the first key is sent to the server",
+    "max_new_tokens": "none = until something else ends the output [128]",
+    "do_sample": "sample at temperature 1 unless --temperature is given",
+    "seed": "of the random draws; --stats shows it at the end",
 }
 PROG = "python -m allattn.generate"
 EPILOG = """\
-Without PROMPT it is read from standard input, less a line end at its end. Greedy unless a sampling flag or --do-sample
-asks otherwise. ALLATTN_* variables hold here as for the server; with --url the first key of ALLATTN_API_KEYS or
---api-key-file is sent.
+Without PROMPT the command reads standard input and drops a line end at its end. It picks the most
+probable token (greedy) unless a sampling flag or --do-sample is given. ALLATTN_* variables apply as they do for the
+server; with --url the command sends the first key of ALLATTN_API_KEYS or --api-key-file.
 """
 
 
@@ -51,14 +51,14 @@ class FlagError(ValueError):
 class Asked:
     """The command line as a request and settings."""
 
-    request: GenerateRequest  # with a seed, in any case
+    request: GenerateRequest  # always has a seed
     settings: Settings
-    url: str | None  # of a server; None = the model in this process
-    stats: bool  # print the figures even if standard error is no terminal
+    url: str | None  # of a server; None = a model in this process
+    stats: bool  # print the figures even if standard error is not a terminal
 
 
 def read_flags(argv: Sequence[str]) -> Asked:
-    """Read the command line, and standard input if the line has no prompt. Ends the process after --help.
+    """Read the command line, and standard input if the command line has no prompt. --help ends the process.
 
     Raises:
         FlagError: a flag or the prompt cannot be used.
@@ -74,7 +74,7 @@ def read_flags(argv: Sequence[str]) -> Asked:
 
 
 def in_flags(error: InvalidField) -> str:
-    """Returns the message of an error with the name of the flag in place of the field's."""
+    """Return the error's message with the name of the flag in place of the field's name."""
     name = (error.param or "").removeprefix("parameters.")
     return str(error).replace(error.param or "", "PROMPT" if name == "inputs" else _flag(name), 1)
 
@@ -90,7 +90,7 @@ def _request(given: argparse.Namespace) -> GenerateRequest:
 
 
 def _value(text: str) -> object:
-    """Returns a value that is written as in JSON, or the text itself."""
+    """Return the value that the text spells in JSON, or the text itself if it is not JSON."""
     if text == "none":
         return None
     try:
@@ -109,7 +109,7 @@ def _read_prompt() -> str:
 
 
 def _settings(given: argparse.Namespace) -> Settings:
-    """Returns the server's settings, a few of which have flags here."""
+    """Return the server's settings; a few of them have flags here."""
     set_here = {name: value for name in (*HERE, KEY_FILE) if (value := getattr(given, name)) is not None}
     if given.url is None and KEY_FILE in set_here:
         raise FlagError(f"{_flag(KEY_FILE)} is for a server; give its --url, or leave it out")
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _help(fields: Mapping[str, Any], name: str) -> str:
-    """Returns the help of a setting or parameter, from its description and default."""
+    """Return the help of a setting or parameter, made of its description and default."""
     if name in HELP:
         return HELP[name]
     default, text = fields[name].default, fields[name].description

@@ -1,7 +1,7 @@
-"""The client of a load test: lean HTTP/1.1 on asyncio, one exchange at a time on a connection.
+"""The client of a load test: a lean HTTP/1.1 client on asyncio with one exchange at a time on a connection.
 
 A general HTTP client takes more CPU for a token than the server, and both share the machine. This client only counts
-events and notes when they came. Whoever wants an answer as JSON asks for that after the measurement.
+events and records when they arrived. A caller that wants the JSON of an answer parses it after the measurement.
 """
 
 import asyncio
@@ -19,24 +19,24 @@ Address = tuple[str, int]
 
 @dataclass(slots=True)
 class Reply:
-    """One answer, as far as it has come. Times are seconds of `time.perf_counter`."""
+    """An answer, as far as it has arrived. Times are seconds of `time.perf_counter`."""
 
-    status: int = 0  # 0 before the headers
+    status: int = 0  # 0 until the headers have arrived
     headers: dict[bytes, bytes] = field(default_factory=dict)  # names in lower case
-    body: bytearray = field(default_factory=bytearray)  # of a stream: all events, or those of the last read
-    times: "array[float]" = field(default_factory=lambda: array("d"))  # when each event came
+    body: bytearray = field(default_factory=bytearray)  # of a stream: all events, or the events of the last read
+    times: "array[float]" = field(default_factory=lambda: array("d"))  # when each event arrived
     sent: float = 0.0
-    ended: float = 0.0  # 0 before the end
+    ended: float = 0.0  # 0 until the answer has ended
     error: str = ""  # "left", "timeout", "cut off", "no connection" or "not HTTP"; empty if the answer is whole
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events that were kept. Raises ValueError if one is not JSON."""
+        """Return the events in `body`. Raises ValueError if an event is not JSON."""
         blocks = bytes(self.body).split(b"\n\n")
         return [json.loads(block.removeprefix(b"data: ")) for block in blocks if block.startswith(b"data: ")]
 
     @property
     def problem(self) -> str:
-        """Why a streamed generation did not end as asked; empty if it did, still lasts, or was left."""
+        """The reason why a streamed generation failed; empty if it is whole, still runs, or the client left it."""
         if self.error or not self.ended:
             return "" if self.error == "left" else self.error
         if self.status != 200:
@@ -45,20 +45,20 @@ class Reply:
 
 
 class ReplyParser:
-    """Bytes of one answer in, cut anywhere; a `Reply` out. httptools reads HTTP, this class finds the events."""
+    """Fills a `Reply` from the bytes of an answer, cut anywhere. httptools parses HTTP; this class finds the events."""
 
     def __init__(self, reply: Reply, *, keep: bool) -> None:
-        """keep: keep every event of a stream, not just those of the last read."""
+        """keep: keep every event of a stream, not just the events of the last read."""
         self._reply = reply
         self._keep = keep
-        self._payloads: list[bytes] = []  # of the body, since the last call of `feed`
-        self._tail = b""  # of a stream: an unfinished event
+        self._payloads: list[bytes] = []  # parts of the body since the last call of `feed`
+        self._tail = b""  # of a stream: the bytes of an unfinished event
         self._is_stream = self._is_whole = False
-        self.on_body = self._payloads.append  # httptools calls it, and no frame of Python is made for it
+        self.on_body = self._payloads.append  # httptools calls `append` itself, without a Python function between
         self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes, now: float) -> bool:
-        """Take the bytes of `now`; return whether the answer is whole. Raises ValueError if it is not HTTP."""
+        """Parse bytes that arrived at `now`; return whether the answer is whole. Raises ValueError if not HTTP."""
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -73,16 +73,16 @@ class ReplyParser:
         return self._is_whole
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Called by httptools."""
+        """Store a header; httptools calls this."""
         self._reply.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
-        """Called by httptools."""
+        """Store the status; httptools calls this."""
         self._reply.status = self._parser.get_status_code()
         self._is_stream = self._reply.headers.get(b"content-type", b"").startswith(b"text/event-stream")
 
     def on_message_complete(self) -> None:
-        """Called by httptools."""
+        """Note that the answer is whole; httptools calls this."""
         self._is_whole = True
 
     def _take_events(self, text: bytes, now: float) -> None:
@@ -102,7 +102,7 @@ class ReplyParser:
 
 
 class Connection(asyncio.Protocol):
-    """One connection, one exchange at a time."""
+    """A connection to the server, with one exchange at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -112,7 +112,7 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, address: Address, *, receive_buffer: int | None = None) -> Self:
-        """Connect. receive_buffer: bytes that the kernel holds for a slow reader. Raises OSError."""
+        """Connect to the server. receive_buffer: bytes that the kernel holds for a slow reader. Raises OSError."""
         loop = asyncio.get_running_loop()
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         peer = socket.socket(family, socket.SOCK_STREAM)
@@ -130,13 +130,13 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether another request can be sent."""
+        """Whether the connection can send another request."""
         return self._transport is not None and not self._transport.is_closing()
 
     async def exchange(
         self, request: bytes, *, reply: Reply | None = None, keep: bool = False, timeout_s: float = 600.0
     ) -> Reply:
-        """Send a request and return its answer, whole or with `error`. A caller's `reply` is filled meanwhile.
+        """Send a request and return its answer, whole or with `error`. A `reply` that is given is filled meanwhile.
 
         Raises:
             ConnectionError: the connection is closed.
@@ -159,7 +159,7 @@ class Connection(asyncio.Protocol):
                 self._give_up("left")
 
     def leave(self) -> None:
-        """Close the connection in the middle of whatever happens."""
+        """Close the connection at once, even during an exchange."""
         self._give_up("left")
 
     def pause(self) -> None:
@@ -168,16 +168,16 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Read again."""
+        """Read again what the server sends."""
         if self._transport is not None and self.is_open:
             self._transport.resume_reading()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by asyncio."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only
+        """Keep the transport; asyncio calls this."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
-        """Called by asyncio."""
+        """Parse bytes of the answer; asyncio calls this."""
         if self._parser is None:
             return
         try:
@@ -189,7 +189,7 @@ class Connection(asyncio.Protocol):
             self._finish("")
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Called by asyncio."""
+        """End the exchange that is under way; asyncio calls this."""
         self._transport = None
         self._finish("cut off")
 
@@ -208,7 +208,7 @@ class Connection(asyncio.Protocol):
 
 
 def encode_request(method: str, path: str, *, body: object = None, keep_alive: bool = True, name: str = "") -> bytes:
-    """Return a whole request. body: bytes are sent as they are, all else as JSON. name: the request's id."""
+    """Return the bytes of a request. body: bytes are sent as they are, all else as JSON. name: the request's id."""
     content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(content)}"]
     lines += ["Content-Type: application/json"] if content else []
@@ -220,7 +220,7 @@ def encode_request(method: str, path: str, *, body: object = None, keep_alive: b
 async def ask(
     address: Address, request: bytes, *, reply: Reply | None = None, keep: bool = True, timeout_s: float = 600.0
 ) -> Reply:
-    """Make one exchange over a connection of its own."""
+    """Make one exchange over a new connection, and close it; return the answer."""
     reply = Reply() if reply is None else reply
     try:
         connection = await Connection.open(address)

@@ -1,11 +1,12 @@
-"""Tokens per second of a model at several batch sizes, beside what this machine's memory and arithmetic allow.
+"""Measure a model's tokens per second at several batch sizes, beside what this machine's memory and arithmetic allow.
 
     python -m benchmarks.decode [--bundle DIR] [--dtype float32|bfloat16] [--batches 1 8 32] [--repeats 7] [--text FILE]
     python -m benchmarks.decode --backend native [--weights float32|bfloat16|int8|int4] [--native-variant NAME] ...
 
-DIR is a bundle or an artefact, or `paper`: the paper's 18-layer shape of 39 M parameters with random weights and spans
-of up to 256 tokens. No HTTP: the runner's own `decode`, greedy, after a prompt of 64 tokens, or the native step's call
-that decodes, draws and commits. With --text the bits per byte of its first 100 kB too. The last line is JSON.
+DIR is a bundle, an artefact or `paper`: the paper's 18-layer shape of 39 M parameters, random weights and spans of
+up to 256 tokens. No HTTP: after a prompt of 64 tokens it measures the runner's `decode` with greedy draws; for the
+native step this is one call that decodes, draws and commits. --text FILE adds the bits per byte of the file's first
+100 kB. The last line of the output is JSON.
 """
 
 import argparse
@@ -36,13 +37,13 @@ from server.engine.sequence import Chunk, Draw
 WEIGHTS = ("auto", "float32", "bfloat16", "int8", "int4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPT = 64
-STEPS = 32  # of one repetition
+STEPS = 32  # of one measurement
 GREEDY = SamplingParams()
 BYTES_OF_WEIGHTS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}  # with scales
 
 
 def best(work: Callable[[], object], *, repeats: int = 5) -> float:
-    """Seconds of the fastest of some runs."""
+    """Return the seconds of the fastest of several runs."""
     times = []
     for _ in range(repeats):
         begun = time.perf_counter()
@@ -52,7 +53,7 @@ def best(work: Callable[[], object], *, repeats: int = 5) -> float:
 
 
 def ceilings(dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per second that can be read, and operations per second of a large matrix product."""
+    """Return the bytes per second that memory gives, and the operations per second of a large matrix product."""
     buffer = torch.ones(1 << 26)
     bandwidth = buffer.nbytes / best(buffer.sum)
     side = 2048
@@ -61,14 +62,14 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def int8_ceiling() -> float:
-    """Operations per second of a large product of int8 matrices."""
+    """Return the operations per second of a large product of int8 matrices."""
     side = 2048
     left, right = (torch.randint(-9, 9, (side, side), dtype=torch.int8) for _ in range(2))
     return 2 * side**3 / best(lambda: torch._int_mm(left, right))
 
 
 def decode_rate(runner: ModelRunner, *, repeats: int) -> float:
-    """Median tokens per second of all rows together."""
+    """Return the median tokens per second of all rows together."""
     batch = runner.num_rows
     tokens = np.arange(PROMPT, dtype=np.int32)
     for row in range(batch):
@@ -87,7 +88,7 @@ def decode_rate(runner: ModelRunner, *, repeats: int) -> float:
 
 
 def possible_rate(runner: ModelRunner, config: ModelConfig, *, bandwidth: float, flops: float) -> float:
-    """Tokens per second if reading weights and rings once a step, or arithmetic, were all that costs time."""
+    """Return the tokens per second if only one read of weights and rings per step, or only arithmetic, took time."""
     layer = 4 * config.width**2 + 2 * config.num_persistent * config.width
     multiplied = config.num_layers * layer + config.width * config.vocab_size  # weights in products; adaptive: fewer
     batch = runner.num_rows
@@ -97,7 +98,7 @@ def possible_rate(runner: ModelRunner, config: ModelConfig, *, bandwidth: float,
 
 
 def bits_per_byte(runner: ModelRunner, tokenizer: Tokenizer, text: Path, *, num_bytes: int = 100_000) -> float:
-    """Of the beginning of a text, scored exactly."""
+    """Return the bits per byte of the beginning of a text, scored exactly."""
     tokens = np.array(tokenizer.encode(text.read_bytes()[:num_bytes].decode(errors="ignore")))
     logprobs: list[float] = []
     with tqdm(total=len(tokens) - 1, desc="score", unit="tok", unit_scale=True) as bar:
@@ -110,17 +111,17 @@ def bits_per_byte(runner: ModelRunner, tokenizer: Tokenizer, text: Path, *, num_
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure a model and print the figures as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, default=Path("bundles/default"), help="or an artefact, or `paper`")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a bundle")
-    parser.add_argument("--backend", choices=("auto", "torch", "native"), default="auto", help="of a bundle")
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of the native step")
-    parser.add_argument("--native-variant", default="auto", help="the native step's instructions")
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/default"), help="bundle, artefact, or `paper`")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype in which a bundle runs")
+    parser.add_argument("--backend", choices=("auto", "torch", "native"), default="auto", help="what runs a bundle")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="weights of the native step")
+    parser.add_argument("--native-variant", default="auto", help="instruction set of the native step")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch-invariant", choices=("true", "false"), default="true")
-    parser.add_argument("--text", type=Path, help="of which to tell the bits per byte")
+    parser.add_argument("--text", type=Path, help="file whose bits per byte are measured too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_paper_bundle(Path(folder) / PAPER) if str(args.bundle) == PAPER else args.bundle
@@ -128,7 +129,7 @@ def main() -> None:
 
 
 def measure(bundle: Path, args: argparse.Namespace) -> dict[str, object]:
-    """All figures of one model."""
+    """Return all figures of one model."""
     described = open_artefact(bundle).bundle if is_artefact(bundle) else open_bundle(bundle)
 
     def load(batch: int) -> ModelRunner:

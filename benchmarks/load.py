@@ -1,12 +1,12 @@
-"""Load on the HTTP API, closed or open loop, beside what the engine alone does with the same requests.
+"""Measure the HTTP API under load, closed or open loop, beside the engine alone with the same requests.
 
     python -m benchmarks.load [--bundle DIR|paper] [--concurrency 1 8 32 64] [--rate R] [--seconds 20] [--repeats N]
 
-Closed loop: so many clients, each of which asks again as soon as it is answered. Open loop (--rate): requests come at
-random moments, so many a second, however the server fares. Prompts are stretches of real text, sent as token ids; every
-output has the asked length, but the first one of each client is shorter, so that they do not march in step. A figure is
-of a window that opens once all rows are busy. The engine alone (in a process of its own) and the server take turns,
---repeats times, and medians count. The last line is JSON.
+Closed loop: --concurrency clients, each of which sends a request as soon as the answer to the last request is whole.
+Open loop (--rate): R requests per second arrive at random moments, however busy the server is. Prompts are parts of a
+real text, sent as token ids. Every output has --output-tokens tokens, but the first of each client is shorter, so
+that the clients do not all end at once. Each figure is of a window that opens once all rows are busy. The engine alone
+(in a process of its own) and the server run in turn, --repeats times; the figures are medians. The last line is JSON.
 """
 
 import argparse
@@ -40,14 +40,14 @@ from model.bundle import open_bundle
 SHAKESPEARE = ROOT / "training/corpora/shakespeare.txt"
 GOALS = {"share_of_engine": 0.85, "api_us_per_token": 30}  # at concurrency 32
 NUM_PROMPTS = 512
-WINDOW_BYTES = 64  # of text for each token of a prompt, more than any tokenizer needs
+WINDOW_BYTES = 64  # of text per token of a prompt, more than any tokenizer needs
 WARM_UP_S = 2.0
-BUSY_S = 120.0  # a server whose rows are not all busy by then does not work
+BUSY_S = 120.0  # a server whose rows are not all busy by then has failed
 Row = dict[str, Any]
 
 
 def real_prompts(bundle: Path, *, text: Path, num_tokens: int, seed: int = 0) -> list[list[int]]:
-    """Random stretches of a text (of the last twentieth of a packed one: the test split of classics8)."""
+    """Return token ids of random parts of a text; of a packed text only the last 5 %, the test split of classics8."""
     packed = text.suffix == ".xz"
     data = lzma.decompress(text.read_bytes()) if packed else text.read_bytes()
     data = data[len(data) * 19 // 20 :] if packed else data
@@ -58,23 +58,23 @@ def real_prompts(bundle: Path, *, text: Path, num_tokens: int, seed: int = 0) ->
 
 
 def encode_generate(prompt: Sequence[int], *, num_tokens: int) -> bytes:
-    """A stream of exactly so many tokens."""
+    """Return a request for a stream of exactly `num_tokens` tokens."""
     parameters = {"max_new_tokens": num_tokens, "ignore_eos": True}
     return encode_request("POST", "/generate", body={"inputs": prompt, "parameters": parameters, "stream": True})
 
 
 def lengths_of(num_tokens: int, *, num_short: int, seed: int = 0) -> Iterator[int]:
-    """Output lengths without end, the first `num_short` of them random."""
+    """Yield output lengths without end; the first `num_short` lengths are random, the others `num_tokens`."""
     yield from np.random.default_rng(seed).integers(1, num_tokens + 1, num_short).tolist()
     while True:
         yield num_tokens
 
 
 class Crowd:
-    """Clients that ask again once they are answered, for as long as one is inside; a pause follows an error."""
+    """Clients that send requests one after the other while the context lasts, with a pause after an error."""
 
     def __init__(self, address: Address, *, requests: Iterator[bytes], size: int, pause_s: float = 0.05) -> None:
-        self.replies: list[Reply] = []  # in the order they were sent, those that still last too
+        self.replies: list[Reply] = []  # in the order in which the requests were sent, unfinished answers too
         self._address = address
         self._requests = requests
         self._size = size
@@ -93,7 +93,7 @@ class Crowd:
         await asyncio.gather(*self._clients, return_exceptions=True)
 
     async def until_busy(self, num_rows: int) -> None:
-        """Wait until so many streams have begun. Raises RuntimeError."""
+        """Wait until `num_rows` streams, or as many as there are clients, have begun. Raises RuntimeError."""
         deadline = time.monotonic() + BUSY_S
         while sum(len(reply.times) > 0 for reply in self.replies) < min(num_rows, self._size):
             if time.monotonic() > deadline:
@@ -120,24 +120,24 @@ class Crowd:
 
 
 def num_ended(replies: Sequence[Reply]) -> int:
-    """Answers so far."""
+    """Return the number of answers that have ended."""
     return sum(reply.ended > 0 for reply in replies)
 
 
 def errors_of(replies: Sequence[Reply]) -> dict[str, int]:
-    """How many of each problem."""
+    """Return the number of answers with each problem."""
     return dict(Counter(reply.problem for reply in replies if reply.problem))
 
 
 def spread(seconds: Sequence[float] | np.ndarray) -> dict[str, float | None]:
-    """Median and 99th percentile in milliseconds."""
+    """Return the median and the 99th percentile in milliseconds."""
     if not len(seconds):
         return {"p50": None, "p99": None}
     return dict(zip(("p50", "p99"), np.round(np.percentile(seconds, (50, 99)) * 1e3, 3).tolist(), strict=True))
 
 
 def figures(replies: Sequence[Reply], *, start: float, end: float) -> Row:
-    """What happened in a window: rates and latencies by the moment at which each event came."""
+    """Return the rates and latencies of a window; each event counts in the window in which it arrived."""
     stamps = [np.array(reply.times) for reply in replies]
     everything = np.concatenate([np.empty(0), *stamps])
     gaps = [np.diff(times)[(times[1:] >= start) & (times[1:] < end)] for times in stamps]
@@ -157,7 +157,7 @@ def figures(replies: Sequence[Reply], *, start: float, end: float) -> Row:
 
 
 async def watch(done: Callable[[], float], *, total: float, unit: str, label: str) -> None:
-    """Show progress until all is done."""
+    """Show progress until `done` returns `total`."""
     layout = "{desc}: {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
     with tqdm(total=total, desc=label, unit=unit, leave=False, bar_format=layout) as bar:
         while (now := done()) < total:
@@ -166,7 +166,7 @@ async def watch(done: Callable[[], float], *, total: float, unit: str, label: st
 
 
 async def closed_level(server: "Target", prompts: list[list[int]], size: int, args: argparse.Namespace) -> Row:
-    """So many clients at once."""
+    """Measure `size` clients that send requests all the time."""
     lengths = lengths_of(args.output_tokens, num_short=size)
     requests = (encode_generate(prompts[i % len(prompts)], num_tokens=n) for i, n in enumerate(lengths))
     async with Crowd(server.address, requests=requests, size=size) as crowd:
@@ -181,7 +181,7 @@ async def closed_level(server: "Target", prompts: list[list[int]], size: int, ar
 
 
 async def open_level(server: "Target", prompts: list[list[int]], args: argparse.Namespace) -> Row:
-    """Poisson arrivals; the window ends with the last answer, so that slow ones count too."""
+    """Measure Poisson arrivals; the window ends with the last answer, so that slow answers count too."""
     arrivals = np.cumsum(np.random.default_rng(0).exponential(1 / args.rate, NUM_PROMPTS * 1000))
     arrivals = arrivals[: args.requests] if args.requests else arrivals[arrivals < args.seconds]
     replies, tasks = [Reply() for _ in arrivals], []
@@ -199,10 +199,10 @@ async def open_level(server: "Target", prompts: list[list[int]], args: argparse.
 
 
 class Target:
-    """A running server and what must be known of it."""
+    """The address of a running server, with its number of rows and its process ids."""
 
     def __init__(self, address: Address, *, pid: int | None) -> None:
-        """pid: of its API process, where that is on this machine."""
+        """pid: of the server's API process if it runs on this machine."""
         health = get_json(address, "/health")
         self.address = address
         self.num_rows = health["rows"]["used"] + health["rows"]["free"]
@@ -211,7 +211,7 @@ class Target:
 
 @contextlib.contextmanager
 def target(args: argparse.Namespace) -> Iterator[Target]:
-    """The server at --url, or one of our own."""
+    """Give the server at --url, or start a server and end it afterwards."""
     if args.url:
         parts = urlsplit(args.url)
         yield Target((parts.hostname or "127.0.0.1", parts.port or 80), pid=None)
@@ -221,13 +221,13 @@ def target(args: argparse.Namespace) -> Iterator[Target]:
 
 
 def flags_of(assignments: Sequence[str]) -> list[str]:
-    """name=value as flags of the server."""
+    """Turn each name=value into a flag of the server and its value."""
     pairs = [assignment.partition("=") for assignment in assignments]
     return [part for name, _, value in pairs for part in (f"--{name.replace('_', '-')}", value)]
 
 
 async def http_levels(server: Target, prompts: list[list[int]], args: argparse.Namespace) -> list[Row]:
-    """Every level once, after a warm-up."""
+    """Measure every level of load once, after a warm-up."""
     warm_up = (encode_generate(prompts[0], num_tokens=args.output_tokens) for _ in iter(int, 1))
     async with Crowd(server.address, requests=warm_up, size=server.num_rows):
         await asyncio.sleep(WARM_UP_S)
@@ -237,7 +237,7 @@ async def http_levels(server: Target, prompts: list[list[int]], args: argparse.N
 
 
 def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of the engine class alone, by concurrency."""
+    """Return the tokens per second of the engine class alone, by concurrency."""
     from server.config import load_settings
     from server.engine.engine import Engine
     from server.engine.runner import ModelRunner
@@ -250,7 +250,7 @@ def engine_levels(prompts: list[list[int]], args: argparse.Namespace) -> dict[st
 
 
 def engine_level(engine: Any, prompts: list[list[int]], size: int, *, num_rows: int, args: argparse.Namespace) -> float:
-    """Tokens per second of so many sequences at once, each followed by another."""
+    """Return the tokens per second of `size` sequences at once; a new sequence follows each that ends."""
     from model.sampling.params import SamplingParams
     from server.protocol.messages import Generate
 
@@ -282,7 +282,7 @@ def engine_level(engine: Any, prompts: list[list[int]], size: int, *, num_rows: 
 
 
 def run_engine(argv: Sequence[str], bundle: Path) -> dict[str, float]:
-    """`engine_levels` in a process of its own, so that nothing of it is left when the server comes."""
+    """Run `engine_levels` in a process of its own, so that the engine's memory is free when the server starts."""
     command = [sys.executable, "-m", "benchmarks.load", *argv, "--engine", "--bundle", str(bundle)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     levels: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -290,7 +290,7 @@ def run_engine(argv: Sequence[str], bundle: Path) -> dict[str, float]:
 
 
 def median_rows(rounds: Sequence[Sequence[Row]]) -> list[Row]:
-    """Numbers of several rounds become their medians, errors their sums."""
+    """Return the rows of several rounds as one: the median of each number, the sum of errors."""
 
     def merge(values: Sequence[Any], name: str = "") -> Any:
         if name == "errors":
@@ -304,7 +304,7 @@ def median_rows(rounds: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def measure(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
-    """Engine, server, engine, server ..."""
+    """Measure the engine and the server in turn, --repeats times; return medians."""
     prompts = real_prompts(args.bundle, text=args.text, num_tokens=args.prompt_tokens)
     rounds = []
     for _ in range(args.repeats):
@@ -319,7 +319,7 @@ def measure(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """For the eye."""
+    """Print the rows as a table."""
     print(f"{'load':>8} {'tokens/s':>9} {'of engine':>9} {'TTFT ms p50/p99':>18} {'ITL ms p50/p99':>18}", end="")
     print(f" {'CPU us/token API/engine/client':>31}  errors")
     for row in rows:
@@ -331,25 +331,25 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", default="bundles/default", help=f"folder, or {PAPER}: 39 M random weights")
-    parser.add_argument("--url", help="a server that runs already, in place of one of our own")
+    parser.add_argument("--url", help="a running server to measure, in place of a new server")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--rate", type=float, help="open loop: requests a second")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each window")
-    parser.add_argument("--requests", type=int, help="end a window of the server after so many answers instead")
+    parser.add_argument("--requests", type=int, help="end each window of the server after this many answers instead")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--text", type=Path, default=SHAKESPEARE, help="where prompts come from; .xz: classics8")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of server and engine")
-    parser.add_argument("--engine", action="store_true", help="only the engine alone, in this process")
+    parser.add_argument("--engine", action="store_true", help="measure the engine alone, in this process")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure and print."""
+    """Measure, then print a table and a line of JSON."""
     args = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
         name = args.bundle

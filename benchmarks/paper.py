@@ -1,4 +1,4 @@
-"""A bundle with the shape of the paper's 18-layer model and random weights, to compare backends and other servers."""
+"""Write a bundle with the shape of the paper's 18-layer model and random weights, for benchmarks and comparisons."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PAPER = "paper"
 
 
 def write_paper_bundle(path: Path) -> Path:
-    """Write the bundle: 18 layers, 39 M random parameters, spans as after training: most short, some long."""
+    """Write the bundle and return its path: 18 layers, 39 M random parameters, most spans short as after training."""
     config = ModelConfig(vocab_size=256, num_layers=18, width=512, num_heads=8, num_persistent=1024, max_span=224)
     rng = np.random.default_rng(0)
     tensors = {}

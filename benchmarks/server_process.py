@@ -1,4 +1,4 @@
-"""A server of one's own for a benchmark, and what its processes cost: CPU seconds and memory, read from /proc."""
+"""Start a server for a benchmark, and read what its processes use: CPU seconds and memory, from /proc."""
 
 import json
 import os
@@ -24,7 +24,7 @@ START_S = 300.0  # a server that is not ready after this time has failed
 
 
 class ServerProcess:
-    """`python -m server` on a free port; a context manager that ends it. Its output goes to the file `log`."""
+    """A context manager that runs `python -m server` on a free port. `log` is the file of the server's output."""
 
     def __init__(self, flags: Sequence[str]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -63,18 +63,18 @@ class ServerProcess:
             return self._process.wait()
 
     def tail(self, num_lines: int = 20) -> str:
-        """The last lines of the server's output."""
+        """Return the last lines of the server's output."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-num_lines:])
 
 
 def get_json(address: Address, path: str) -> Any:
-    """Return the answer to a GET. Raises OSError if there is none, or if its status is no success."""
+    """Return the JSON that a GET gives. Raises OSError if there is no answer, or if its status is not a success."""
     with urllib.request.urlopen(f"http://{address[0]}:{address[1]}{path}", timeout=10) as reply:
         return json.load(reply)
 
 
 def is_ready(address: Address) -> bool:
-    """Return whether the server takes work."""
+    """Return whether the server accepts requests."""
     try:
         get_json(address, "/health/ready")
     except OSError:
@@ -83,7 +83,7 @@ def is_ready(address: Address) -> bool:
 
 
 def cpu_seconds(pid: int | None) -> float | None:
-    """Return user and system time of a process so far; None if there is no such process."""
+    """Return the CPU seconds that a process has used, user and system; None if there is no such process."""
     fields = _proc_fields(pid, "stat")
     return None if fields is None else (int(fields[11]) + int(fields[12])) / TICKS
 
@@ -95,13 +95,13 @@ def resident_bytes(pid: int | None) -> int | None:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process exists and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     fields = _proc_fields(pid, "stat")
     return fields is not None and fields[0] not in ("Z", "X")
 
 
 def _proc_fields(pid: int | None, name: str) -> list[str] | None:
-    """Return the fields of a file in /proc that follow the command's name."""
+    """Return the fields of a file in /proc that follow the name of the program."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text().rpartition(") ")[2].split()
     except OSError:
@@ -109,14 +109,14 @@ def _proc_fields(pid: int | None, name: str) -> list[str] | None:
 
 
 class Costs:
-    """CPU seconds that processes take from now on, by their names; this process is named "client"."""
+    """The CPU seconds that named processes use from now on; this process has the name "client"."""
 
     def __init__(self, pids: dict[str, int | None]) -> None:
         self._pids = pids
         self._begun = self._now()
 
     def per_token(self, num_tokens: int) -> dict[str, float]:
-        """Return microseconds a token for each process that could be measured."""
+        """Return the CPU microseconds per token of each process that could be measured."""
         now = self._now()
         known = [name for name in now if now[name] is not None and self._begun[name] is not None]
         return {

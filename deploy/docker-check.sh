@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the image and tries it: without root, network, capabilities, or a file that can be written outside of /tmp, the
-# server has to become healthy, to answer, and to end with status 0 on SIGTERM; and `allattn generate` has to work.
+# Builds the image and tests it. Without root, network, capabilities and writable files outside /tmp, the server has to
+# become healthy, answer, and end with status 0 on SIGTERM; `allattn generate` has to work too.
 #   deploy/docker-check.sh
-# Environment: ENGINE, docker, podman or buildah (the first that works here); IMAGE, its name (allattn);
-# BUILD_FLAGS, more words for the build; START_S, seconds to become healthy (120).
-# buildah runs no containers of this kind: there the image is entered in namespaces of its own, which takes root.
+# Environment: ENGINE, docker, podman or buildah (default: the first that works here); IMAGE, its name (allattn);
+# BUILD_FLAGS, more flags for the build; START_S, seconds to become healthy (120).
+# buildah cannot run such a container: with buildah the script enters the image in new namespaces, which needs root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for engine in docker podman buildah; do
@@ -54,7 +54,7 @@ case ${ENGINE:-} in
         start_in_namespaces
         ;;
     *)
-        echo "docker-check: it needs docker, podman or buildah, and none of them works here" >&2
+        echo "docker-check: needs docker, podman or buildah, and none of them works here" >&2
         exit 1
         ;;
 esac

@@ -1,6 +1,6 @@
-"""`python -m deploy.probe`: exit status 0 while the server of this container takes work, else 1 and the reason.
+"""`python -m deploy.probe`: end with status 0 if the container's server accepts requests, else with 1 and the reason.
 
-The image's HEALTHCHECK and exec probes run it. It finds the port and the API keys where the server does: in the
+The image's HEALTHCHECK and exec probes run it. It reads the port and the API keys where the server reads them: in the
 environment and in the file that ALLATTN_CONFIG names. It does not see flags that were given to the server.
 """
 
@@ -14,7 +14,7 @@ TIMEOUT_S = 5
 
 
 def main() -> str | None:
-    """Return None while the server takes work, else the reason why it does not."""
+    """Return None if the server accepts requests, else the reason why it does not."""
     settings = load_settings([], environ=os.environ)
     keys = settings.all_api_keys()
     headers = {"Authorization": f"Bearer {keys[0].get_secret_value()}"} if keys else {}

@@ -1,4 +1,4 @@
-"""Check, inside the running container, that the server answers and can write nowhere; docker-check.sh runs it."""
+"""Check, in the running container, that the server answers and can write no file; docker-check.sh runs this."""
 
 import json
 import os
@@ -11,7 +11,7 @@ BODY = {"inputs": "It was a dark", "parameters": {"max_new_tokens": 16, "details
 
 
 def ask(path: str, body: object = None) -> Any:
-    """Return the server's answer, whose status has to be 200."""
+    """Return the JSON of the server's answer; fail unless its status is 200."""
     connection = HTTPConnection("127.0.0.1", 8000, timeout=60)
     connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
     response = connection.getresponse()
@@ -21,7 +21,7 @@ def ask(path: str, body: object = None) -> Any:
 
 
 def can_write(folder: Path) -> bool:
-    """Return whether a file can be made in the folder."""
+    """Return whether this process can create a file in the folder."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True

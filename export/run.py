@@ -1,6 +1,6 @@
-"""A bundle as an artefact that the server runs: `python -m export.run BUNDLE OUT --format onnx`.
+"""Export a bundle as an artefact that the server runs: `python -m export.run BUNDLE OUT --format onnx`.
 
-Nothing is kept that does not compute what the bundle does: see export/verify.py.
+An artefact is kept only if it computes what the bundle computes: see export/verify.py.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from model.frozen.exported import load_exported
 
 
 class Format(NamedTuple):
-    """What can be asked for."""
+    """A format that --format accepts."""
 
     kind: ArtefactKind
     weights: str
-    dtype: str = "float32"  # of rings and hidden states
-    bits: int | None = None  # of weights, if they are quantised
+    dtype: str = "float32"  # of ring buffers and hidden states
+    bits: int | None = None  # of a weight; None = weights are not quantised
 
 
 FORMATS = {
@@ -46,7 +46,7 @@ PACKAGES = {"torchscript": ("torch",), "pt2": ("torch",), "onnx": ("torch", "onn
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export one bundle; returns the exit status."""
+    """Export one bundle; return the exit status."""
     asked = _parser().parse_args(argv)
     try:
         export(
@@ -72,17 +72,17 @@ def export(
     text: Path = TEXT,
     num_bytes: int = NUM_BYTES,
 ) -> Verified:
-    """Write and verify an artefact at `out`, in place of the artefact that may be there.
+    """Write and verify an artefact at `out`, which replaces an artefact that is there.
 
     Args:
         format: a key of FORMATS.
-        device: cpu or cuda. TorchScript and pt2 run only on the kind of device that they are made on.
-        text: what bundle and artefact both score, up to `num_bytes`.
+        device: cpu or cuda. TorchScript and pt2 artefacts run only on the kind of device that they were made on.
+        text: a file; the bundle and the artefact both score its first `num_bytes` bytes.
 
     Raises:
-        BundleError: the bundle is not whole.
-        ArtefactError: `out` holds something else, something that the format needs is missing, or the artefact does not
-            compute what the bundle does. `out` is as it was.
+        BundleError: the bundle is incomplete or damaged.
+        ArtefactError: `out` holds something else, a package that the format needs is missing, or the artefact does not
+            compute what the bundle computes. `out` is unchanged.
     """
     form, target = FORMATS[format], out.resolve()
     if device == "cuda" and not torch.cuda.is_available():
@@ -90,7 +90,7 @@ def export(
     check_replaceable(target)
     bundle = open_bundle(bundle_path)
     model = load_baked(bundle, dtype=getattr(torch, form.dtype), device=device)
-    read_text(text, bundle.tokenizer, num_bytes=num_bytes)  # what is wrong with it is told before all the work
+    read_text(text, bundle.tokenizer, num_bytes=num_bytes)  # an unusable text is reported before the long work
     patience = "" if form.kind == "torchscript" else "; graphs of many layers take minutes"
     print(f"{bundle_path}: {bundle.config.num_parameters / 1e6:.1f} M parameters, as {format}{patience}", flush=True)
     with replacing(target) as fresh:
@@ -114,7 +114,7 @@ def export(
 def _write_graphs(
     form: Format, model: BakedLM, folder: Path, *, model_hash: str
 ) -> Iterator[tuple[GraphName, GraphFacts]]:
-    """Write all graphs; each one's name and facts as soon as it is there."""
+    """Write all graphs; yield the name and facts of each graph when its file is written."""
     steps, signed = Steps(model).eval(), signatures(model)
     if form.kind == "torchscript":
         from export.to_torchscript import write_torchscript
@@ -145,7 +145,7 @@ def _write_onnx(
 
 
 def _facts(form: Format, model: BakedLM, bundle: Bundle, graphs: dict[GraphName, GraphFacts]) -> dict[str, Any]:
-    """The fields of the manifest that do not depend on files."""
+    """Return the fields of the manifest that do not depend on files."""
     return {
         "kind": form.kind,
         "weights": form.weights,
@@ -176,17 +176,24 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="; ".join(
             (
-                "onnx-int8 and -int4 keep weights in so many bits",
+                "onnx-int8 and onnx-int4 keep weights in 8 and 4 bits",
                 "onnx-fp16 is for GPUs",
                 "pt2 is compiled for this machine",
             )
         ),
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to make and verify it; default: %(default)s"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the artefact is made and verified; default: %(default)s",
     )
-    parser.add_argument("--text", type=Path, default=TEXT, help="UTF-8 file that both score; default: %(default)s")
-    parser.add_argument("--num-bytes", type=positive, default=NUM_BYTES, help="how much of it; default: %(default)s")
+    parser.add_argument(
+        "--text", type=Path, default=TEXT, help="UTF-8 file that bundle and artefact score; default: %(default)s"
+    )
+    parser.add_argument(
+        "--num-bytes", type=positive, default=NUM_BYTES, help="how many bytes of it to score; default: %(default)s"
+    )
     return parser
 
 

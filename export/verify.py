@@ -1,8 +1,8 @@
-"""Whether an artefact computes what its bundle does: random ragged steps through both, then a text scored by both.
+"""Check that an artefact computes what its bundle computes: both run random ragged steps, then both score a text.
 
     python -m export.verify ARTEFACT BUNDLE [--text FILE] [--device cpu]
 
-The reference is the bundle's baked model in float32, on the CPU. `export.run` does this before it keeps an artefact.
+The reference is the bundle's baked model in float32, on the CPU. `export.run` verifies an artefact before it keeps it.
 """
 
 import argparse
@@ -30,15 +30,15 @@ TEXT = Path(__file__).parents[1] / "training" / "corpora" / "shakespeare.txt"
 NUM_BYTES = 100_000  # of the text that is scored
 NUM_ROWS = 5
 NUM_STEPS = 60
-LONGEST = 48  # tokens of a row in one random step
-# Largest difference of a logit that is let pass, by how weights are kept: rounding for float32, the others measured
-# on the bundle that ships and doubled or more.
+LONGEST = 48  # most tokens of a row in one random step
+# Largest difference of a logit that is allowed, by how weights are kept. For float32 it is rounding; the other bounds
+# are at least twice the difference that was measured on the bundle that ships.
 BOUNDS = {"float32": 1e-4, "float16": 0.1, "int8": 1.0, "int4": 16.0}
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was measured; differences are absolute and the largest."""
+    """The results of a verification; each difference is the largest absolute difference."""
 
     num_steps: int
     num_tokens: int  # read in the steps, by all rows
@@ -60,10 +60,10 @@ class Verified:
 
 
 class Replay:
-    """Two models that are fed the same, each with rings of its own."""
+    """Two models that read the same tokens, each with its own ring buffers."""
 
     def __init__(self, reference: BakedLM, exported: ExportedLM, text: np.ndarray, *, seed: int = 0) -> None:
-        """text: [n] int64, which the rows read from random places, round and round."""
+        """text: [n] int64. Each row reads it from a random place and begins again at its end."""
         self._exported = exported
         self._models: tuple[ServedLM, ServedLM] = (reference, exported)
         self._caches = tuple(model.allocate(NUM_ROWS) for model in self._models)
@@ -74,14 +74,14 @@ class Replay:
         self.logits_difference = self.state_difference = self.memory_share_difference = 0.0
 
     def fill(self, row: int) -> None:
-        """Read beyond the longest ring, so that every slot is overwritten."""
+        """Read more tokens than the longest ring holds, so that every slot is overwritten."""
         left = self._models[0].config.max_span + LONGEST
         while left > 0:
             self.extend([row], [min(left, 256)])
             left -= 256
 
     def step(self) -> None:
-        """Something at random: fresh streams, streams that change rows, one token of some rows, many of some."""
+        """Make one random step: reset or move some rows, then decode one token or read many tokens in some rows."""
         for row in np.flatnonzero(self._random.random(NUM_ROWS) < 0.04):
             for cache in self._caches:
                 cache.reset(int(row))
@@ -96,7 +96,7 @@ class Replay:
             self.extend(rows, [int(count) for count in self._random.integers(1, LONGEST, size=len(rows))])
 
     def decode(self, rows: Sequence[int]) -> None:
-        """One token of each of some rows; the others up to the highest are computed and forgotten."""
+        """Decode one token in each of `rows`; other rows up to the highest are computed and dropped."""
         tokens = np.zeros(max(rows) + 1, dtype=np.int64)
         num_new = np.zeros(len(tokens), dtype=np.int64)
         for row in rows:
@@ -111,12 +111,12 @@ class Replay:
         self._compare_state(new, our_new)
 
     def extend(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        """Many tokens of each of some rows, all of them compared; padding is not."""
+        """Read counts[i] tokens in rows[i]; compare the outputs of all of these tokens, but not of padding."""
         tokens = np.zeros((len(rows), max(counts)), dtype=np.int64)
         for line, row, count in zip(tokens, rows, counts, strict=True):
             line[:count] = self._read(row, count)
         real = torch.from_numpy(np.arange(max(counts)) < np.array(counts)[:, None])  # [B, T]
-        ends = torch.tensor(counts).cumsum(0) - 1  # places of the rows' last tokens among the real ones
+        ends = torch.tensor(counts).cumsum(0) - 1  # indices of the rows' last tokens among the real ones
         last = self._exported.last_logits(
             torch.from_numpy(tokens).to(self._exported.device), self._caches[1], rows, counts
         )
@@ -147,13 +147,13 @@ class Replay:
 def verify(
     bundle: Bundle, exported: ExportedLM, *, weights: str, text: Path = TEXT, num_bytes: int = NUM_BYTES
 ) -> Verified:
-    """Drive both and compare.
+    """Run the bundle's model and the artefact on the same tokens and compare their outputs.
 
     Args:
-        weights: how the artefact keeps them; decides what difference is let pass.
+        weights: how the artefact keeps its weights, a key of BOUNDS; it decides which difference is allowed.
 
     Raises:
-        ArtefactError: they differ by more, or give what is no number; or the text cannot be read.
+        ArtefactError: the outputs differ by more or are not finite, or the text cannot be read.
     """
     tokens = read_text(text, bundle.tokenizer, num_bytes=num_bytes)
     reference = load_baked(bundle)
@@ -165,12 +165,12 @@ def verify(
     if not replay.logits_difference <= bound:
         raise ArtefactError(
             f"the artefact's logits differ from the bundle's by {replay.logits_difference:.2e}; "
-            f"at most {bound:g} is let pass with weights in {weights}"
+            f"at most {bound:g} is allowed with weights in {weights}"
         )
     if weights == "float32" and not max(replay.state_difference, replay.memory_share_difference) <= bound:
         raise ArtefactError(
             f"the artefact's keys and values differ from the bundle's by {replay.state_difference:.2e}, its memory "
-            f"share by {replay.memory_share_difference:.2e}; at most {bound:g} is let pass"
+            f"share by {replay.memory_share_difference:.2e}; at most {bound:g} is allowed"
         )
     scores = [
         _score(model, bundle.tokenizer, tokens, label=label)
@@ -189,17 +189,17 @@ def verify(
 
 
 def read_text(file: Path, tokenizer: Tokenizer, *, num_bytes: int) -> np.ndarray:
-    """The tokens of the beginning of a text, [n] int64.
+    """Return the tokens of the first `num_bytes` bytes of a text, [n] int64.
 
     Raises:
-        ArtefactError: it cannot be read, is not UTF-8, is no text for this tokenizer, or has nothing to score.
+        ArtefactError: the file cannot be read, is not UTF-8, has characters that the tokenizer lacks, or is too short.
     """
     try:
         with file.open("rb") as source:
             raw = source.read(num_bytes)
         text = codecs.getincrementaldecoder("utf-8")().decode(
             raw, final=len(raw) < num_bytes
-        )  # may end within a character
+        )  # the text may end inside a character
         tokens = np.array(tokenizer.encode(text), dtype=np.int64)
     except (OSError, UnicodeDecodeError, TokenizerError) as error:
         raise ArtefactError(f"text {file} cannot be used: {error}; name another with --text") from error
@@ -220,26 +220,28 @@ def _score(model: ServedLM, tokenizer: Tokenizer, tokens: np.ndarray, *, label: 
 
 
 def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
-    """The largest; infinite where either is no number, 0 of nothing."""
+    """Return the largest absolute difference; infinite if a value is not finite, 0 if the tensors are empty."""
     gap = (left.cpu().float() - right.cpu().float()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     return float(gap.max()) if gap.numel() else 0.0
 
 
 def positive(text: str) -> int:
-    """A number of bytes, for argparse."""
+    """Return the positive integer that an argument of argparse spells."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
     return int(text)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Verify one artefact; returns the exit status: 0 if it computes what its bundle does."""
+    """Verify one artefact; return the exit status: 0 if it computes what its bundle computes."""
     parser = argparse.ArgumentParser(prog="python -m export.verify", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("artefact", type=Path, help="the folder that export.run wrote")
-    parser.add_argument("bundle", type=Path, help="the folder that it was made from")
+    parser.add_argument("bundle", type=Path, help="the folder of the bundle that the artefact was made from")
     parser.add_argument("--text", type=Path, default=TEXT, help="UTF-8 file that both score; default: %(default)s")
-    parser.add_argument("--num-bytes", type=positive, default=NUM_BYTES, help="how much of it; default: %(default)s")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the artefact")
+    parser.add_argument(
+        "--num-bytes", type=positive, default=NUM_BYTES, help="how many bytes of it to score; default: %(default)s"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the artefact runs")
     asked = parser.parse_args(argv)
     try:
         artefact, bundle = open_artefact(asked.artefact), open_bundle(asked.bundle)

@@ -1,9 +1,9 @@
-"""The house: where every module stands, what it may import, and where softmax and torch may appear.
+"""Tests of the structure: where every module stands, what it may import, and where softmax and torch may appear.
 
-HOUSE, in tests/support/house.py, names each module of the project once. A module that is new, moved or gone fails the
-first test until HOUSE says where it belongs; the imports of every module are then checked against its room's. The rules
-are functions from sources, {path from the root: text}, to the lines that break them, so that each is shown to fail on a
-few synthetic lines.
+HOUSE, in tests/support/house.py, names each module of the project once. If a module is new, moved or gone, the first
+test fails until HOUSE names its room; other tests compare the imports of every module with the rule of its room. Each
+rule is a function from sources, {path from the root: text}, to the lines that break it, so that a test can show that it
+fails on a few made-up lines.
 """
 
 import ast
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 PACKAGES = ("model", "training", "export", "server", "allattn")
 TENSOR_LIBRARIES = {"torch", "onnxruntime"}
-# the modules of server/ and allattn/ that load torch, at their top or when a model is loaded
+# modules of server/ and allattn/ that load torch, when they are imported or when they load a model
 TENSOR_MODULES = {"server.engine.runner", "server.engine.drawer", "allattn.generate"}
 ONE_MODULE = {  # packages that only one module of a room may import
     "tqdm": {"model": "model.tokenizer"},
@@ -32,7 +32,7 @@ ONE_MODULE = {  # packages that only one module of a room may import
     "ray": {"server (top)": "server.ray_serve"},
 }
 SOFTMAX_MAY_APPEAR = {
-    # over keys, over keys, over the vocabulary
+    # attention over keys, attention over keys, probabilities over the vocabulary
     "softmax": {"model/attention.py", "model/network/tiled.py", "model/sampling/draw.py"},
     "log_softmax": {"model/sampling/draw.py", "model/network/network.py", "model/frozen/baked.py", "model/adaptive.py"},
     "scaled_dot_product_attention": {"model/attention.py"},
@@ -56,7 +56,7 @@ def inside(files: Sources, *packages: str) -> Iterator[tuple[str, str]]:
 
 
 def imports(path: str, text: str) -> set[str]:
-    """Dotted names of all that a file imports, at its top or inside functions; `from a import b` gives a and a.b."""
+    """Return the dotted names that a file imports, at its top or in functions; `from a import b` gives a and a.b."""
     package = path.rpartition("/")[0].replace("/", ".").split(".")
     names = set()
     for node in ast.walk(ast.parse(text, path)):
@@ -72,17 +72,17 @@ def imports(path: str, text: str) -> set[str]:
 
 
 def called(node: ast.Call) -> str:
-    """The last name of what is called: `softmax` for softmax(x), F.softmax(x) and scores.softmax(-1)."""
+    """Return the last name of the called function: `softmax` for softmax(x), F.softmax(x) and scores.softmax(-1)."""
     return getattr(node.func, "attr", getattr(node.func, "id", ""))
 
 
 def modules_of(files: Sources) -> dict[str, tuple[str, str]]:
-    """The modules of all packages by name, with path and text; a package's own __init__ is none."""
+    """Return the path and text of all modules by name; the __init__ of a package does not count."""
     return {module_name(path): (path, text) for path, text in inside(files, *PACKAGES) if "__init__" not in path}
 
 
 def graph(files: Sources) -> dict[str, set[str]]:
-    """For each module, the modules of the project that it imports; a package stands for the modules in its __init__."""
+    """Return the project's modules that each module imports; a package stands for the modules in its __init__."""
     modules = modules_of(files)
     packages = {module_name(path): text for path, text in inside(files, *PACKAGES) if "__init__" in path}
     edges = {}
@@ -105,7 +105,7 @@ def reachable(edges: Mapping[str, Set[str]], start: str) -> set[str]:
 
 
 def modules_without_a_room(files: Sources) -> list[str]:
-    """Modules that HOUSE does not name, and names in HOUSE that are no module."""
+    """Return modules that HOUSE does not name, and names in HOUSE without a module."""
     there = modules_of(files).keys()
     return [
         *(f"{name} has no place in HOUSE" for name in sorted(there - ROOM_OF.keys())),
@@ -114,7 +114,7 @@ def modules_without_a_room(files: Sources) -> list[str]:
 
 
 def imports_of_other_rooms(files: Sources) -> list[str]:
-    """Imports of rooms that the module's room does not name."""
+    """Return imports of rooms that the module's room does not name."""
     return [
         f"{name} imports {other}"
         for name, others in graph(files).items()
@@ -125,7 +125,7 @@ def imports_of_other_rooms(files: Sources) -> list[str]:
 
 
 def imports_of_foreign_packages(files: Sources) -> list[str]:
-    """Imports of packages that the module's room does not name, or that are for another module of it."""
+    """Return imports of packages that the module's room does not name, or that only another module may import."""
     broken = []
     for name, (path, text) in modules_of(files).items():
         room = ROOM_OF.get(name)
@@ -159,7 +159,7 @@ def circles(files: Sources) -> list[str]:
 
 
 def tensors_in_the_server(files: Sources) -> list[str]:
-    """Modules of server/ and allattn/ but the runner that load torch or ONNX Runtime, themselves or through model/."""
+    """Return modules of server/ and allattn/, outside TENSOR_MODULES, that load torch or ONNX Runtime in any way."""
     edges = graph(files)
     modules = modules_of(files)
     direct = {
@@ -200,7 +200,7 @@ def crowded_server(files: Sources) -> list[str]:
 
 
 LONG = "x = 1\n" * (MAX_LINES + 1)
-RULES: dict[Rule, list[tuple[Sources, str]]] = {  # rule: sources that break it once, and the complaint
+RULES: dict[Rule, list[tuple[Sources, str]]] = {  # each rule, with sources that break it once and the complaint
     modules_without_a_room: [
         ({"server/helpers.py": ""}, "server.helpers has no place in HOUSE"),
         ({"server/requests/engine.py": ""}, "server.requests.engine has no place in HOUSE"),
@@ -273,7 +273,7 @@ RULES: dict[Rule, list[tuple[Sources, str]]] = {  # rule: sources that break it 
     crowded_server: [({"server/one.py": "", "server/more.py": ""}, "server/ has 9 modules")],
 }
 NAMES = [getattr(rule, "__name__", "") for rule in RULES]
-ALLOWED = {  # what no rule complains about
+ALLOWED = {  # sources about which no rule complains
     **{f"{name.replace('.', '/')}.py": "" for name in ROOM_OF},
     "model/tokenizer.py": "import json\nimport tokenizers\nfrom tqdm import tqdm\nfrom model.config import ModelConfig",
     "model/attention.py": "import torch\ntorch.softmax(scores, -1)",
@@ -333,7 +333,7 @@ def test_the_walk_sees_the_imports_that_are_really_there() -> None:
 
 
 def loaded_tensor_libraries(module: str) -> set[str]:
-    """Which tensor libraries a fresh interpreter holds after importing `module`."""
+    """Return the tensor libraries that a new interpreter has loaded after it imports `module`."""
     code = f"import sys, {module}; print(*sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The load tools count right: any cut of the bytes gives the same reply, and every ending has its name."""
+"""Tests of the load tools: bytes that arrive in any parts give the same reply, and every ending has its name."""
 
 import asyncio
 import contextlib
@@ -79,7 +79,7 @@ def test_what_is_not_http_is_an_error():
 
 
 def serving(handler: Handler, client: Callable[[tuple[str, int]], Awaitable[Any]]) -> Any:
-    """What `client` returns beside a server in the same loop."""
+    """Serve `handler`, run `client` in the same event loop, and return its result."""
 
     handling = []
 
@@ -93,7 +93,7 @@ def serving(handler: Handler, client: Callable[[tuple[str, int]], Awaitable[Any]
         async with asyncio.timeout(10), await asyncio.start_server(handle, "127.0.0.1") as server:
             result = await client(server.sockets[0].getsockname())
             await asyncio.gather(*handling)
-            await asyncio.sleep(0.01)  # for the transports to be gone
+            await asyncio.sleep(0.01)  # until the transports are closed
             return result
 
     return asyncio.run(run())
@@ -185,7 +185,7 @@ def test_figures_count_what_came_inside_the_window():
     assert (row["tokens"], row["requests"], row["errors"]) == (4, 2, {"429": 1})
     assert row["tokens_per_s"] == round(4 / 8.5, 1)
     assert row["ttft_ms"]["p50"] == 500
-    assert row["itl_ms"]["p50"] == 1000  # of 1, 2 and 0.1 seconds
+    assert row["itl_ms"]["p50"] == 1000  # the gaps are 1, 2 and 0.1 seconds
     assert row["e2e_ms"]["p50"] == 3500
 
 

@@ -1,4 +1,4 @@
-"""What the training benchmark compares with is what it says: the same numbers as ours, a GPT of the same size."""
+"""Tests of the training benchmark's peers: the naive formulation gives our numbers, the GPT has the same size."""
 
 import pytest
 import torch
@@ -42,4 +42,4 @@ def test_the_gpt_has_as_many_parameters_give_or_take_half_a_layer():
     with torch.no_grad():
         before = gpt.blocks(gpt.tokens(tokens))[:, :32]
         tokens[:, 32:] = 1
-        assert torch.allclose(gpt.blocks(gpt.tokens(tokens))[:, :32], before, atol=1e-5)  # it does not look ahead
+        assert torch.allclose(gpt.blocks(gpt.tokens(tokens))[:, :32], before, atol=1e-5)  # no token sees later tokens

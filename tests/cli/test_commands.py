@@ -1,4 +1,4 @@
-"""`allattn COMMAND`: it is `python -m` by a shorter name, and says what is wrong where that cannot be."""
+"""Tests of `allattn COMMAND`: it runs `python -m` under a shorter name, and reports what is wrong if it cannot."""
 
 import os
 import re
@@ -23,7 +23,7 @@ EACH_COMMAND = [
 
 
 def run(*arguments: str, cwd: Path = ROOT, status: int = 0) -> str:
-    """The output of a command, errors included."""
+    """Return the output of a command, errors included."""
     environment = {**os.environ, "COLUMNS": "200"}
     command = [sys.executable, "-m", *arguments]
     done = subprocess.run(
@@ -34,7 +34,7 @@ def run(*arguments: str, cwd: Path = ROOT, status: int = 0) -> str:
 
 
 def say(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit status and output of a command that runs nothing, in this process."""
+    """Return the exit status and output of a command that runs nothing, in this process."""
     monkeypatch.setattr(sys, "argv", ["allattn", *arguments])
     status = cli.main()
     return status, "".join(capsys.readouterr())

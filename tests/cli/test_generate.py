@@ -1,4 +1,4 @@
-"""`allattn generate`: text on standard output as it comes, from a model in this process or from a server."""
+"""Tests of `allattn generate`: it writes text as it arrives, from a model in this process or from a server."""
 
 import io
 import json
@@ -34,7 +34,7 @@ LOGPROB = -0.5
 
 
 class ScriptRunner(FakeRunner):
-    """Says the script again and again, whatever it reads; in capitals where it is asked to sample with an odd seed."""
+    """A runner that repeats the script, whatever it reads; in capitals if it samples with an odd seed."""
 
     def extend(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
         return [
@@ -54,13 +54,13 @@ class ScriptRunner(FakeRunner):
 
 @pytest.fixture
 def script(monkeypatch) -> Callable[..., int]:
-    """The command over the tiny bundle's description and a runner that says the script."""
+    """Return a function that runs the command on the tiny bundle, with a runner that repeats the script."""
     monkeypatch.setattr(terminal, "_load_engine", lambda _: Engine(ScriptRunner(1), EngineOptions(budget_tokens=64)))
     return lambda *arguments: terminal.main(["--bundle", str(bundle_of()), *arguments])
 
 
 class Writes(io.RawIOBase):
-    """Standard output that remembers what came at once."""
+    """Standard output that keeps each write as a part."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -164,7 +164,7 @@ def test_a_bundle_that_is_not_there_is_an_error(tmp_path, capfd):
 
 
 def test_a_model_that_fails_is_an_error(script, capfd):
-    assert script("Once\x0e") == 1  # the fake device fails over it
+    assert script("Once\x0e") == 1  # the fake device fails when it reads this token
     assert "allattn: the model failed on this sequence: RuntimeError" in capfd.readouterr().err
 
 
@@ -174,7 +174,7 @@ def test_a_terminal_is_shown_what_it_would_obey():
 
 @contextmanager
 def answering(status: int, body: bytes, *, num_promised: int | None = None) -> Iterator[tuple[str, list[dict]]]:
-    """A server that has one answer; gives its URL, and what it was asked."""
+    """Serve one answer to each request; give the server's URL and the list of requests."""
     asked: list[dict] = []
 
     class Answer(BaseHTTPRequestHandler):
@@ -185,7 +185,7 @@ def answering(status: int, body: bytes, *, num_promised: int | None = None) -> I
             )
             self.send_response(status)
             self.send_header("Content-Length", str(num_promised or len(body)))
-            self.send_header("Location", "/elsewhere")  # to which nothing must be sent
+            self.send_header("Location", "/elsewhere")  # the command must not follow the redirect
             self.end_headers()
             self.wfile.write(body)
 
@@ -238,8 +238,8 @@ ERROR = json.dumps({"error": {"message": "the queue is full"}}).encode()
         (429, ERROR, "", ": the queue is full"),
         (502, b"<html>", "", ": 502 Bad Gateway"),
         (302, b"", "", ": 302 Found"),
-        (200, event("caf") + b"data: [DONE]\n\n", "caf", " sent what is no event of this server: b'data: [DONE]\\n'"),
-        (200, b'data: {"text": "x"}\n\n', "", ' sent what is no event of this server: b\'data: {"text": "x"}\\n\''),
+        (200, event("caf") + b"data: [DONE]\n\n", "caf", " sent an unknown event: b'data: [DONE]\\n'"),
+        (200, b'data: {"text": "x"}\n\n', "", ' sent an unknown event: b\'data: {"text": "x"}\\n\''),
         (200, event("caf") + b"data: " + ERROR + b"\n\n", "caf", ": the queue is full"),
         (200, event("caf"), "caf", " broke off"),
         (200, event("caf") + event(None, whole="caf", reason="shutdown"), "caf", " ended the text early: shutdown"),
@@ -268,7 +268,7 @@ def test_a_server_that_is_not_there_is_an_error(capfd):
 
 @contextmanager
 def endless(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The whole command with the tiny model, without an end."""
+    """Run the whole command on the tiny model, with no limit on the output."""
     command = [sys.executable, "-m", "allattn", "generate", "Call me", "--bundle", str(bundle_of()), "--do-sample"]
     command += ["--max-new-tokens", "none", "--device", "cpu", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -285,7 +285,7 @@ def test_ctrl_c_ends_a_text_without_end(capfd):
         assert process.stderr is not None
         begun = process.stdout.read(2000)
         process.send_signal(signal.SIGINT)
-        (begun + process.stdout.read()).decode()  # no character was cut
+        (begun + process.stdout.read()).decode()  # fails if a character was cut
         assert process.wait(timeout=30) == 130
         assert re.fullmatch(r"seed \d+, \d+ tokens, .* bits per token\n", process.stderr.read().decode())
 

@@ -1,4 +1,4 @@
-"""huggingface_hub's clients against a whole server: plain, with details, streamed, and what they make of errors."""
+"""Tests of huggingface_hub's clients against a whole server: plain, with details, streamed, and with errors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ def url(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def wanted(url) -> dict[str, Any]:
-    """The server's own answer."""
+    """Return the server's answer without the client between."""
     parameters = {**ASKED, "details": True, "decoder_input_details": True, "top_n_tokens": 2}
     reply = httpx.post(f"{url}/generate", json={"inputs": PROMPT, "parameters": parameters}, timeout=60)
     return reply.json()
@@ -39,7 +39,7 @@ def check_details(output: Any, wanted: dict[str, Any]) -> None:
     assert [token.logprob for token in details.tokens] == [token["logprob"] for token in own["tokens"]]
     assert [token.logprob for token in details.prefill] == [token["logprob"] for token in own["prefill"]]
     assert details.prefill[0].logprob is None
-    assert details.top_tokens == own["top_tokens"]  # lists of lists stay as they came
+    assert details.top_tokens == own["top_tokens"]  # lists of lists stay as the server sent them
 
 
 def check_events(events: list[Any], wanted: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""EleutherAI's lm_eval, as it is installed, against a whole server: it finds what /score and training.evaluate find."""
+"""Tests of EleutherAI's lm_eval against a whole server: it finds the same figures as /score and training.evaluate."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def url() -> Iterator[str]:
 
 
 def write_tasks(folder: Path) -> None:
-    """Three tasks over local files."""
+    """Write three tasks over local files."""
     documents = [{"text": text} for text in DOCUMENTS]
     for name, lines in {"rolling": documents, "choice": QUESTIONS, "until": QUESTIONS}.items():
         data = folder / f"{name}.jsonl"
@@ -73,7 +73,7 @@ def write_tasks(folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=[(1, 1), (3, 4)], ids=["one by one", "in batches"])
 def outcome(request, url, tmp_path_factory) -> dict[str, Any]:
-    """What lm_eval writes down: `results` of each task, and its `samples`."""
+    """Return the file that lm_eval writes: `results` of each task, and its `samples`."""
     folder = tmp_path_factory.mktemp("lm_eval")
     write_tasks(folder)
     batch_size, num_concurrent = request.param

@@ -1,4 +1,4 @@
-"""The real `openai` package against a whole server: it knows every shape and every error, and its figures are exact."""
+"""Tests of the `openai` package against a whole server: it parses every answer and error, and the figures are exact."""
 
 import math
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def test_what_is_drawn_is_what_generate_draws_from_the_seed(client, url):
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
 def test_the_prompt_is_scored_as_score_does(client, url, max_tokens):
-    text = TEXT[:230]  # beyond the longest ring, and with a character of two tokens
+    text = TEXT[:230]  # longer than the longest ring, and with a character of two tokens
     completion = client.completions.create(
         model=MODEL, prompt=text, max_tokens=max_tokens, echo=True, logprobs=3, temperature=0
     )

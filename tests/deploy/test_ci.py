@@ -1,4 +1,4 @@
-"""What CI runs: every test, none of them skipped, by commands of the Makefile."""
+"""Tests of CI: it runs every test through commands of the Makefile, and skips none."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def test_uses_none(): ...
 
 
 def run_pytest(folder: Path, *, ci: str) -> str:
-    """The output of pytest over a folder of tests, with the conftest of ours."""
+    """Return the output of pytest on a folder of tests, with this project's conftest."""
     shutil.copy(ROOT / "tests/conftest.py", folder)
     command = [sys.executable, "-m", "pytest", "-q", "-rsfE", "-c", str(ROOT / "pyproject.toml")]
     command += ["--rootdir", str(folder)]

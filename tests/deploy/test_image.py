@@ -1,4 +1,4 @@
-"""Dockerfile, .dockerignore and compose files: settings exist, files exist, ports and times agree. Builds no image."""
+"""Tests of Dockerfile, .dockerignore and compose files: settings, files, ports and times exist. They build no image."""
 
 import asyncio
 import json
@@ -22,19 +22,19 @@ from server.config.sources import ENV_PREFIX
 from tests.support.http_harness import make_link, serving
 
 ROOT = Path(__file__).parents[2]
-LAST_S = 4  # the server's last writes and the end of its engine, after shutdown_timeout_s
+LAST_S = 4  # seconds for the server's last writes and the end of its engine, after shutdown_timeout_s
 HADOLINT = shutil.which("hadolint", path=Path(sys.executable).parent)
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's, in order, each on one line."""
+    """Return the Dockerfile's instructions in order, each as a word and the rest of its line."""
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
 
 
 def the(word: str) -> str:
-    """What the last stage says of it; the last one of a kind is in force."""
+    """Return the text of the last instruction with this word, which is the instruction in force."""
     return [rest for name, rest in instructions() if name == word][-1]
 
 
@@ -49,7 +49,7 @@ def compose() -> dict[str, Any]:
 
 
 def sent_to_the_builder(path: str) -> bool:
-    """What .dockerignore says of a file: the last line that matches it, or a folder above it, decides."""
+    """Return whether the builder gets a file: the last line of .dockerignore that matches it or a parent decides."""
     parts = path.split("/")
     above = ["/".join(parts[: number + 1]) for number in range(len(parts))]
     sent = True
@@ -63,7 +63,7 @@ def sent_to_the_builder(path: str) -> bool:
 
 
 def default_of(text: str) -> str:
-    """Text of a compose file where no variable is set: ${NAME:-default}."""
+    """Return the text of a compose file with the default of each ${NAME:-default}."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
@@ -84,7 +84,7 @@ def test_the_base_is_python_slim_unless_told_otherwise():
 
 
 def test_the_image_is_not_root_and_python_hears_its_signals():
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", the("USER"))  # a number: Kubernetes cannot look names up
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", the("USER"))  # a number, since Kubernetes cannot look names up
     assert json.loads(the("ENTRYPOINT")) == ["python", "-m", "server"]
     assert "CMD" not in [word for word, _ in instructions()]
     assert "STOPSIGNAL" not in [word for word, _ in instructions()]

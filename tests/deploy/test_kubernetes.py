@@ -1,4 +1,4 @@
-"""The manifests are valid and say what the server does: endpoints, settings, port, and the time that draining takes."""
+"""Tests of the manifests: they are valid, and their endpoints, settings, port and draining time fit the server."""
 
 import asyncio
 import copy
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PATCHES = ("gpu", "keys")
 VERSIONS = ("1.30", "1.37")
 NAMED = {"containers": "name", "env": "name", "volumes": "name", "volumeMounts": "mountPath"}
-LAST_S = 4  # the server's last writes and the end of its engine, after shutdown_timeout_s
+LAST_S = 4  # seconds for the server's last writes and the end of its engine, after shutdown_timeout_s
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 Object = dict[str, Any]
@@ -32,7 +32,7 @@ def read(name: str) -> list[Object]:
 
 
 def objects() -> list[Object]:
-    """All that is applied as it stands."""
+    """Return all objects that kubectl applies as they are."""
     return read("kubernetes.yaml") + read("kubernetes-hpa.yaml")
 
 
@@ -42,7 +42,7 @@ def the(kind: str) -> Object:
 
 
 def patched(thing: Any, patch: Any, *, key: str = "") -> Any:
-    """As kubectl merges a patch: mappings by key, null deletes, the lists of NAMED by an item's name, others whole."""
+    """Merge a patch as kubectl does: mappings by key, null deletes, lists in NAMED by an item's name, others whole."""
     if isinstance(patch, dict) and isinstance(thing, dict):
         merged = {name: value for name, value in thing.items() if not (name in patch and patch[name] is None)}
         for name, value in patch.items():
@@ -79,7 +79,7 @@ def container_of(thing: Object) -> Object:
 
 
 def environment_of(thing: Object) -> dict[str, str]:
-    """With the values that Kubernetes would fill in from the resources, in whole units."""
+    """Return the environment, with the values that Kubernetes fills in from the resources in whole units."""
     container = container_of(thing)
     found = {"ALLATTN_HOST": "0.0.0.0"}
     for item in container["env"]:
@@ -127,7 +127,7 @@ def test_the_environment_is_settings_that_the_server_takes(thing, tmp_path):
 
 @every_deployment
 def test_the_variables_of_services_stay_out(thing):
-    """Else there is an ALLATTN_PORT=tcp://10.0.0.1:80, which ends the server at its start."""
+    """Otherwise Kubernetes sets ALLATTN_PORT=tcp://10.0.0.1:80, and the server ends at its start."""
     assert the("Service")["metadata"]["name"].upper() + "_" == ENV_PREFIX
     assert pod_of(thing)["enableServiceLinks"] is False
 
@@ -169,7 +169,7 @@ def test_the_container_may_do_nothing_that_it_does_not_need(thing):
 
 @every_deployment
 def test_probes_ask_what_the_server_answers(thing):
-    """With keys and without: 200 while all is well, and only readiness changes while the engine is replaced."""
+    """Probes work with keys and without. Only readiness changes while the server replaces its engine."""
     container = container_of(thing)
     keys = ("a-key-of-the-right-length",) if "ALLATTN_API_KEY_FILE" in environment_of(thing) else ()
     image_probe = json.loads(re.search(r"CMD (\[.*deploy\.probe.*\])", DOCKERFILE)[1])
@@ -181,7 +181,7 @@ def test_probes_ask_what_the_server_answers(thing):
             for name in ("startupProbe", "readinessProbe", "livenessProbe"):
                 probe = container[name]
                 assert ("exec" in probe) != ("httpGet" in probe)
-                if "exec" in probe:  # tests/deploy/test_image.py tries it
+                if "exec" in probe:  # tests/deploy/test_image.py runs this probe
                     assert probe["exec"]["command"] == image_probe
                     path, headers = "/health/ready", {"Authorization": f"Bearer {keys[0]}"}
                 else:

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for metrics and labels that a live server has, in words that Prometheus reads."""
+"""Tests of the dashboard and the alerts: a live server has their metrics and labels, and Prometheus can read them."""
 
 import asyncio
 import json
@@ -19,8 +19,8 @@ from server.errors import ServerError
 from tests.support.http_harness import make_client, make_link
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-BY_PROMETHEUS = {"up": {"job", "instance"}}  # what it says of what it scrapes
-TARGET_LABELS = {"job", "instance"}  # what it adds to all that it scrapes
+BY_PROMETHEUS = {"up": {"job", "instance"}}  # the labels of a metric that Prometheus makes itself
+TARGET_LABELS = {"job", "instance"}  # the labels that Prometheus adds to every metric
 OPERATORS = {"and", "or", "unless", "on", "by"}
 PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool: make promtool, as root on Debian")
@@ -28,7 +28,7 @@ needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool: make 
 
 @pytest.fixture(scope="module")
 def exposition() -> str:
-    """/metrics after one request of each kind."""
+    """Return the text of /metrics after one request of each kind."""
 
     async def ask() -> str:
         async with make_client(make_link()) as client:
@@ -43,7 +43,7 @@ def exposition() -> str:
 
 @pytest.fixture(scope="module")
 def labels(exposition) -> dict[str, set[str]]:
-    """Those of each metric that a server and Prometheus give."""
+    """Return the labels of each metric that the server or Prometheus gives."""
     found = defaultdict(set, BY_PROMETHEUS)
     for family in text_string_to_metric_families(exposition):
         for sample in family.samples:
@@ -61,7 +61,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Title and PromQL."""
+    """Yield the title and the PromQL expression of each alert, panel and variable."""
     for rule in rules():
         yield rule["alert"], rule["expr"]
     for panel in dashboard()["panels"]:
@@ -75,7 +75,7 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 def names_in(expression: str) -> set[str]:
-    """The metrics of a PromQL expression: words that are no label, function, operator, duration or number."""
+    """Return the metrics of a PromQL expression: words that are no label, function, operator, duration or number."""
     rest = re.sub(r'"[^"]*"', "", expression)
     rest = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\b(by|on)\s*\([^)]*\)", " ", rest)
     return {name for name in re.findall(r"\b[a-zA-Z_:][\w:]*\b(?!\s*\()", rest) if name not in OPERATORS}
@@ -165,7 +165,7 @@ def test_each_alert_is_shown_to_fire_and_to_keep_quiet():
 
 
 def promtool(*words: str, stdin: str = "") -> str:
-    """What it says. It fails where promtool does."""
+    """Run promtool and return its output; fail if promtool fails."""
     assert PROMTOOL is not None
     done = subprocess.run([PROMTOOL, *words], input=stdin, cwd=DEPLOY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What is shipped is whole: the files of the image, and the wheel."""
+"""Tests that the image and the wheel contain all the files that they need."""
 
 import os
 import shutil
@@ -25,14 +25,14 @@ for file in sorted(pathlib.Path().rglob("*.py")):
 
 
 def tracked_files() -> list[str]:
-    """The files of the repository, by their paths in it."""
+    """Return the paths of the repository's files, relative to its root."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [path for path in listed.splitlines() if (ROOT / path).is_file()]
 
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the builder of the image gets."""
+    """Return a folder with the files that the builder of the image gets."""
     folder = tmp_path_factory.mktemp("app").resolve()
     for path in filter(sent_to_the_builder, tracked_files()):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_in_the_image(folder: Path, *arguments: str, status: int = 0) -> str:
-    """The output of python with that folder and the installed packages on its path, but not this repository.
+    """Return the output of python with that folder and the installed packages on its path, but not this repository.
 
-    -S: else the .pth file of the editable installation would bring the repository back.
+    -S: otherwise the .pth file of the editable installation would add the repository to the path.
     """
     places = [str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PYTHONSAFEPATH": "1"}
@@ -73,7 +73,7 @@ def test_a_command_of_the_image_has_all_that_it_needs(words, image_folder):
 def test_the_image_generates_and_its_probe_runs(image_folder):
     generate = ["-m", "allattn", "generate", "It was", "--device", "cpu", "--max-new-tokens", "5"]
     assert run_in_the_image(image_folder, *generate).strip()
-    run_in_the_image(image_folder, "-m", "deploy.probe", status=1)  # it finds no server
+    run_in_the_image(image_folder, "-m", "deploy.probe", status=1)  # the probe finds no server
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""The commands of the documents, and how each is proven: PROOFS is the one table.
+"""The commands of the documents, and how each is proven: PROOFS is the table.
 
-A command is a line of a block of shell in README.md, CONTRIBUTING.md or docs/. A line that no entry of PROOFS covers
-fails the tests, so that a document never says what nobody ran. The commands of a page run from top to bottom in a
-sandbox: a folder that looks like the root of the repository, with bundles of its own.
+A command is a line in a block of shell code in README.md, CONTRIBUTING.md or docs/. The tests fail if no entry covers
+a line, so that every command in a document has been run, or its entry says why not. The commands of a page run
+from top to bottom in a sandbox: a folder that looks like the root of the repository, with its own bundles.
 """
 
 import os
@@ -25,22 +25,22 @@ PROGRAMS = {
     "python": "",
     "allattn": "-m allattn",
     "torchrun": "-m torch.distributed.run --standalone",
-}  # of .venv/bin: what the interpreter of the tests runs for each
+}  # programs in .venv/bin, with the arguments that the tests' interpreter gets for each
 
 How = Literal["run", "serve", "ask", "ci", "by hand"]
 
 
 class Proof(NamedTuple):
-    """How a command is proven."""
+    """The way in which a command is proven."""
 
     how: How
-    more: str = ""  # words that make a run short, after the command
-    says: str = ""  # pattern of what a run prints
-    why: str = ""  # who runs it, or why no test does
+    more: str = ""  # words added to the command, to make a run short
+    says: str = ""  # pattern that the output must contain
+    why: str = ""  # who runs the command, or why no test runs it
 
 
 SHORT = "--optim.max_steps 3 --eval.every_steps 2 --eval.tokens 5000"
-PROOFS: dict[str, Proof] = {  # pattern of a whole line: its proof
+PROOFS: dict[str, Proof] = {  # from a pattern of a whole line to its proof
     r"curl .*": Proof("ask"),
     r"make serve": Proof("serve", more="PORT=0"),
     r"\S+/allattn serve(?!.*--print-config).*": Proof("serve", more="--port 0"),
@@ -84,34 +84,34 @@ PROOFS: dict[str, Proof] = {  # pattern of a whole line: its proof
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The blocks of code in a language, as they stand."""
+    """Return the contents of the blocks of code in a language."""
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands_in(text: str) -> list[str]:
-    """The commands of a text, in their order."""
+    """Return the commands of a text, in order."""
     return [line for block in blocks(text, "sh") for line in block.splitlines() if line]
 
 
 def commands(page: Path, *how: How) -> list[str]:
-    """The commands of a page, in their order: all, or those that are proven in one of some ways."""
+    """Return the commands of a page in order: all, or those that are proven in one of the ways `how`."""
     lines = commands_in(page.read_text(encoding="utf-8"))
     return [line for line in lines if not how or any(PROOFS[pattern].how in how for pattern in patterns_of(line))]
 
 
 def patterns_of(line: str) -> list[str]:
-    """The entries of PROOFS that cover a command: one, or the table is wrong."""
+    """Return the entries of PROOFS that cover a command; exactly one should."""
     return [pattern for pattern in PROOFS if re.fullmatch(pattern, line)]
 
 
 def proof_of(line: str) -> Proof:
-    """How a command is proven."""
+    """Return the proof of a command."""
     [pattern] = patterns_of(line)
     return PROOFS[pattern]
 
 
 def make_sandbox(folder: Path, page: Path) -> None:
-    """A folder in which the commands of a page can run: code, bundles and files that it names."""
+    """Fill a folder in which the commands of a page can run, with the code, bundles and files that the page names."""
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs", folder / "docs")
@@ -139,7 +139,7 @@ def _make_programs(folder: Path) -> None:
 
 
 def run(line: str, folder: Path) -> str:
-    """Run a command, shortened; returns what it printed."""
+    """Run a command, shortened, and return its output."""
     proof = proof_of(line)
     done = subprocess.run(
         ["bash", "-euc", f"{line} {proof.more}"],
@@ -155,7 +155,7 @@ def run(line: str, folder: Path) -> str:
 
 
 def serve(line: str, folder: Path) -> None:
-    """Run a command that serves until its banner names a URL, and end it as Ctrl-C does."""
+    """Run a command that serves; when its banner names a URL, end it as Ctrl-C does."""
     command = ["bash", "-euc", f"exec {line} {proof_of(line).more}"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True) as server:
         assert server.stdout is not None
@@ -165,4 +165,4 @@ def serve(line: str, folder: Path) -> None:
             os.killpg(server.pid, signal.SIGINT)
         server.stdout.read()
         status = server.wait(timeout=60)
-    assert status == 0 or line.startswith("make "), f"{line}: status {status}"  # make tells of the signal
+    assert status == 0 or line.startswith("make "), f"{line}: status {status}"  # make reports the signal

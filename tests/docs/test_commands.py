@@ -1,4 +1,4 @@
-"""Every command of the documents has a proof: run here, run by CI, or said to be run by hand."""
+"""Tests that every command of the documents is run here or by CI, or that its section says that people run it."""
 
 import re
 import subprocess
@@ -61,7 +61,7 @@ def test_make_bench_runs_what_the_lines_above_it_run():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_says_which_commands_no_test_runs(page):
-    """Docker, Kubernetes and Ray are not where the tests run: the section of such a command speaks of tests."""
+    """No test can run Docker, Kubernetes and Ray; a section with such a command must mention tests."""
     for section in re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE):
         if any(proof_of(line).how == "by hand" for line in commands_in(section)):
             assert re.search(r"\btests?\b", section), section

@@ -1,4 +1,4 @@
-"""The pages in docs/ are true: links lead somewhere, commands name what there is, and what can be run is run."""
+"""Tests that the pages in docs/ are true: links lead somewhere, commands and settings exist, and code runs."""
 
 import json
 import re
@@ -26,14 +26,14 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 WITH_LINKS = [*PAGES, ROOT / "configs" / "README.md", ROOT / "CHANGELOG.md"]
 LINK = re.compile(r"\]\((?!https?://)([^)\s]+)\)")
 LINES = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
-FOREIGN = ("openssl", "chmod", "docker", "kubectl", "serve")  # the last one is Ray's
+FOREIGN = ("openssl", "chmod", "docker", "kubectl", "serve")  # `serve` is Ray's command
 VENV = ".venv/bin/"
 OWN_FOLDERS = ("configs/", "deploy/", "docs/", "bundles/default")
 PATHS = json.loads((ROOT / "docs" / "openapi.json").read_text())["paths"]
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings of a page, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     found = set()
     for heading in re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE):
         found.add(re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-"))
@@ -61,7 +61,7 @@ def test_links_are_found_and_a_broken_one_would_be_noticed(tmp_path):
 
 @pytest.mark.parametrize("name", ["openapi.json", "api.md"])
 def test_the_reference_is_what_the_application_gives(name):
-    """After a change of the API: python -m server.reference."""
+    """If it fails after a change of the API, run: python -m server.reference."""
     assert (ROOT / "docs" / name).read_text() == reference.files()[name], f"{reference.COMMAND} writes it anew"
 
 
@@ -86,13 +86,13 @@ def test_a_command_names_what_there_is(line):
 
 
 def module_of(program: str, arguments: list[str]) -> str | None:
-    """The module that a command of the virtual environment runs; its own arguments are left in `arguments`."""
+    """Return the module that a command of the virtual environment runs; its own arguments are left in `arguments`."""
     if program == "allattn":
         command = arguments.pop(0)
         return f"benchmarks.{arguments.pop(0)}" if command == BENCH else COMMANDS[command].module
     assert program in ("python", "torchrun")
     if "-m" not in arguments:
-        assert arguments[0] == "generate.py"  # the snippet, which has a test of its own
+        assert arguments[0] == "generate.py"  # the snippet has a test of its own
         return None
     place = arguments.index("-m")
     module = arguments[place + 1]
@@ -108,7 +108,7 @@ def check_flags(module: str, arguments: list[str]) -> None:
 
 @cache
 def help_of(module: str) -> str:
-    """What `python -m module --help` prints."""
+    """Return the output of `python -m module --help`."""
     command = [sys.executable, "-m", module, "--help"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
@@ -165,7 +165,7 @@ def test_the_architecture_and_its_picture_name_every_room_of_the_server():
 
 
 def test_the_rooms_import_what_the_architecture_says():
-    """The table of rooms and tests/support/house.py, which is the rule, say the same."""
+    """The table of rooms in the page agrees with tests/support/house.py, which is the rule."""
     rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]+) \|$", ARCHITECTURE.read_text(), flags=re.MULTILINE)
     said = {room: set(re.findall(r"\w+", words)) & {"model", *folders_of_the_server()} for room, words in rows}
     allowed: dict[str, set[str]] = {}
@@ -182,7 +182,7 @@ def test_the_rooms_import_what_the_architecture_says():
 
 @pytest.mark.slow
 def test_the_snippet_runs_without_this_project(tmp_path, capfd):
-    """It says what the project says, and imports nothing of it."""
+    """The snippet writes the same text as the project, and imports nothing of it."""
     [snippet] = blocks((ROOT / "docs" / "export.md").read_text(), "python")
     (tmp_path / "generate.py").write_text(snippet)
     folder = shipped_folder("onnx")

@@ -1,4 +1,4 @@
-"""The pictures in docs/ are what the bundle that ships gives, and read well on a light and on a dark page."""
+"""Tests that the pictures in docs/ show the bundle that ships, and are legible on a light and on a dark page."""
 
 import json
 import re
@@ -17,7 +17,7 @@ COMMITTED = sorted(DOCS.glob("*.svg"))
 
 @pytest.mark.parametrize("name", ["state.svg", "spans.svg"])
 def test_a_committed_picture_is_what_the_script_draws(name):
-    """After a change of the bundle: python -m docs.pictures."""
+    """If it fails after a change of the bundle, run: python -m docs.pictures."""
     assert (DOCS / name).read_text() == pictures.pictures(SHIPPED)[name]
 
 

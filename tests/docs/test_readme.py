@@ -1,4 +1,4 @@
-"""The README is true and short, and what ships does on every backend what the documents say."""
+"""Tests that the README is true and short, and that the shipped model does on every backend what the documents say."""
 
 import json
 import re
@@ -40,9 +40,9 @@ def test_make_says_what_the_documents_say():
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def port(request, tmp_path_factory) -> Iterator[int]:
-    """The server as `make serve PORT=0` starts it, with the model that ships on each backend, under its name."""
+    """Run the server as `make serve PORT=0` does, with the shipped model on each backend; give its port."""
     model = tmp_path_factory.mktemp(request.param) / "default"
-    shutil.copytree(shipped_folder(request.param), model)  # a link would not do: the server follows it to the name
+    shutil.copytree(shipped_folder(request.param), model)  # the server would take a link's target for the name
     command = [sys.executable, "-m", "server", "--bundle", str(model), "--port", "0"]
     command += ["--backend", named_backend(request.param)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
@@ -84,7 +84,7 @@ def test_each_curl_line_is_answered(port, line, tmp_path):
 
 @pytest.mark.slow
 def test_the_answer_in_the_readme_is_the_real_one(port):
-    """In float32 the logits of the backends are so near each other that they give the same text."""
+    """In float32 the logits of the backends are so close that they give the same text."""
     [line] = [line for line in commands(README) if line.startswith("curl ")]
     [shown] = blocks(README.read_text(), "json")
     command = shlex.split(line.replace(":8000", f":{port}"))
@@ -94,7 +94,7 @@ def test_the_answer_in_the_readme_is_the_real_one(port):
 
 @pytest.mark.slow
 def test_what_ships_keeps_its_promises(client):
-    """Plain = streamed; a seed means the same text alone and among others; English scores better than gibberish."""
+    """Plain = streamed; a seed gives the same text alone and in a batch; English scores better than gibberish."""
     asked = {"inputs": "The morning was", "parameters": {"temperature": 0.9, "seed": 7, "max_new_tokens": 60}}
     alone = client.post("/generate", json=asked).json()["generated_text"]
     with client.stream("POST", "/generate", json=asked | {"stream": True}) as stream:
@@ -116,7 +116,7 @@ def test_a_long_document_is_scored_in_one_pass_at_flat_memory(client):
 
     def peak_after(num_bytes: int) -> int:
         answer = client.post("/score", json={"inputs": SHAKESPEARE.read_text()[:num_bytes]}).json()
-        assert answer["num_bytes"] > num_bytes - 20  # all but the first token
+        assert answer["num_bytes"] > num_bytes - 20  # every token but the first is scored
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{engine}/status").read_text())
         assert found
         return int(found[1]) * 1024

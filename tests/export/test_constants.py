@@ -1,6 +1,6 @@
-"""What is frozen into a graph: persistent vectors with their scalings, span masks and position vectors.
+"""Tests of the constants in a graph: persistent vectors with their scaling, span masks and position vectors.
 
-No input carries any of them; each is found among the constants by its content, computed here from the raw parameters.
+No input carries these values; the tests find each among the constants by its content, computed from raw parameters.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests import oracle
 from tests.support.agreement_bundle import KINDS, SPANS, build_network
 from tests.support.artefacts import artefact_of
 
-SMALL = 1024  # bytes that may stay in a graph's own file
+SMALL = 1024  # largest bytes of a constant in a graph's own file
 RINGS = {  # layer: [(heads, slots)], counted by hand from SPANS of agreement_bundle, in groups of 8 slots at most
     0: [(2, 24), (1, 80), (1, 160)],
     1: [(3, 32), (1, 160)],
@@ -57,7 +57,7 @@ def manifest(folder) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def constants(folder, manifest) -> dict[str, list[np.ndarray]]:
-    """All constants of each graph, external ones too."""
+    """Return all constants of each graph, external constants too."""
     if manifest["kind"] == "torchscript":
         module = load_script(folder)
         return {name: list(script_constants(getattr(module, name))) for name in GRAPHS}
@@ -80,7 +80,7 @@ def script_constants(method: Any) -> Iterator[np.ndarray]:
 
 
 def contains(constants: list[np.ndarray], wanted: np.ndarray) -> bool:
-    """Whether a matrix is one of the constants, or lies along the first axis of one, as it is or transposed."""
+    """Return whether a constant equals a matrix, plain or transposed, or holds it at an index of its first axes."""
     for constant in constants:
         if constant.dtype.kind != "f" or constant.ndim < 2:
             continue
@@ -92,7 +92,7 @@ def contains(constants: list[np.ndarray], wanted: np.ndarray) -> bool:
 
 
 def line_found(constants: list[np.ndarray], wanted: np.ndarray) -> bool:
-    """Whether a vector, or the same twice in a row, is a line of one of the constants, along any axis."""
+    """Return whether a line of a constant, along any axis, equals a vector or the vector twice in a row."""
     for constant in constants:
         if constant.dtype.kind != "f":
             continue
@@ -150,14 +150,14 @@ def test_span_masks_are_constants(network, constants, graph):
             ]
             size = min(slots for slots in sizes if slots >= np.count_nonzero(mask))
             with np.errstate(divide="ignore"):
-                bias = np.log(np.array(mask[:size][::-1]))  # the farthest slot first
+                bias = np.log(np.array(mask[:size][::-1]))  # the most distant slot first
             assert line_found(constants[graph], bias), (index, span)
 
 
 @pytest.mark.parametrize("graph", ["decode", "extend"])
 def test_position_vectors_are_constants_cut_to_the_rings(network, constants, graph):
     for size in {slots for layer in RINGS.values() for _, slots in layer}:
-        table = network.position[:, :size].detach().numpy()[:, ::-1]  # [D, S], the farthest first
+        table = network.position[:, :size].detach().numpy()[:, ::-1]  # [D, S], the most distant slot first
         assert contains(constants[graph], table if graph == "extend" else np.tile(table, 2)), size
 
 
@@ -176,14 +176,14 @@ def test_large_constants_lie_in_one_file_and_once(kind):
                 assert numpy_helper.to_array(tensor).nbytes < SMALL, tensor.name
     content = (folder / "weights.bin").read_bytes()
     pieces = {content[offset : offset + length] for offset, length in places}
-    assert len(pieces) == len(places)  # none lies there twice
+    assert len(pieces) == len(places)  # no constant lies there twice
     assert all(b >= a + size for (a, size), (b, _) in zip(sorted(places), sorted(places)[1:], strict=False))
-    assert max(offset + length for offset, length in places) == len(content)  # and there is nothing else
+    assert max(offset + length for offset, length in places) == len(content)  # the file holds nothing else
     shared = {pair: sum(set(pair) <= users for users in places.values()) for pair in combinations(GRAPHS, 2)}
-    projections = 2 * len(RINGS)  # the big ones of each layer
+    projections = 2 * len(RINGS)  # the large matrices of each layer
     assert shared["decode", "extend"] >= projections
     if kind != "words":
-        assert shared["decode", "logits"] == shared["extend", "logits"] == 2  # of the output layer
+        assert shared["decode", "logits"] == shared["extend", "logits"] == 2  # the output layer's
 
 
 @pytest.mark.slow

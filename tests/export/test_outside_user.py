@@ -1,7 +1,7 @@
-"""An artefact in the hands of a stranger: onnxruntime and numpy, the manifest, and none of this project's code.
+"""Tests of an artefact without this project's code: only onnxruntime, numpy and the manifest.
 
-Rings are kept as the manifest's `ring_layout` says. The oracle's logits must come out, over a text that is longer than
-the longest ring, at sizes that the export never saw.
+The test keeps ring buffers as the manifest's `ring_layout` says. The graphs must give the oracle's logits for a text
+longer than the longest ring, with batch sizes and lengths that the export never used.
 """
 
 import json
@@ -17,16 +17,16 @@ from tests.support.artefacts import artefact_of
 
 pytestmark = pytest.mark.slow
 
-LENGTH = 230  # beyond the longest ring of 160
+LENGTH = 230  # longer than the longest ring, 160 slots
 TOLERANCE = 1e-4
 NUMPY = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
 
 
 class Stranger:
-    """Runs the graphs by the names in the manifest."""
+    """A user of an artefact, who runs the graphs by the names in the manifest."""
 
     def __init__(self, folder: Path, *, num_rows: int, junk: float = 0.0) -> None:
-        """junk: what lies in slots that nothing was written to."""
+        """junk: the value of slots that nothing was written to."""
         self.manifest = json.loads((folder / "manifest.json").read_text())
         self.sessions = {
             name: onnxruntime.InferenceSession(folder / graph["file"], providers=["CPUExecutionProvider"])
@@ -49,14 +49,14 @@ class Stranger:
         return found
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """One token of every row [R]: logits [R, V]."""
+        """Read one token [R] in every row; return the logits [R, V]."""
         found = self.run("decode", tokens=tokens, lengths=self.lengths, **self.rings)
         for row in range(len(tokens)):
             self.write(found, place=row, row=row, count=1)
         return found["logits"]
 
     def extend(self, tokens: np.ndarray, rows: list[int], num_new: list[int]) -> dict[str, np.ndarray]:
-        """Stretches [B, T] of some rows, of which so many are real."""
+        """Read tokens [B, T] in some rows, num_new[b] real tokens and then padding; return all outputs."""
         rings = {name: ring[rows] for name, ring in self.rings.items()}
         found = self.run("extend", tokens=tokens, num_new=np.array(num_new), lengths=self.lengths[rows], **rings)
         for place, (row, count) in enumerate(zip(rows, num_new, strict=True)):
@@ -94,7 +94,7 @@ def text(kind) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def wanted(kind, text) -> np.ndarray:
-    """The oracle's logits, [T, V]."""
+    """Return the oracle's logits, [T, V]."""
     network = build_network(kind)
     config = network.config
     return oracle.logits(
@@ -121,7 +121,7 @@ def test_rows_that_began_at_different_times_decode_together(folder, text, wanted
     user.extend(np.stack([text[:161]] * 5), rows=[0, 1, 2, 3, 4], num_new=[1, 1, 24, 80, 161])
     user.lengths[0] = 0
     for ring in user.rings.values():
-        ring[0] = 0  # a fresh stream in the first row
+        ring[0] = 0  # a new stream in the first row
     while user.lengths.max() < LENGTH:
         at = user.lengths.copy()
         check(user.decode(text[at]), wanted[at])
@@ -137,11 +137,11 @@ def test_in_stretches(folder, text, wanted, sizes):
         check(user.run("logits", hidden=found["hidden"][0])["logits"], wanted[start : start + size])
         assert found["memory_share"].shape == (1, size, 3)
         assert (found["memory_share"] > 0).all()
-        assert (found["memory_share"] <= 1 + 1e-6).all()  # all of it where there is nothing else: at the first token
+        assert (found["memory_share"] <= 1 + 1e-6).all()  # 1 at the first token, where memory is all there is
 
 
 def test_logits_are_those_after_the_last_real_token_whatever_the_padding(folder, text, wanted):
-    """Rows of different stretches and lengths, in any order; padding differs from call to call and leaves no trace."""
+    """Rows have different lengths, in any order; the padding differs from call to call and changes nothing."""
     user = Stranger(folder, num_rows=4)
     random = np.random.default_rng(2)
     while user.lengths.min() < LENGTH:
@@ -164,7 +164,7 @@ def test_both_graphs_on_the_same_rings(folder, text, wanted):
 
 
 def test_slots_that_nothing_was_written_to_need_only_be_finite(kind, folder, text, wanted):
-    """With empty slots masked; where the paper has zeros, they must be zeros."""
+    """If empty slots are masked, they may hold any finite values; if the paper's zeros count, they must hold zeros."""
     if kind == "zero":
         user = Stranger(folder, num_rows=1, junk=3.0)
         assert np.abs(user.decode(text[:1]) - wanted[0]).max() > TOLERANCE

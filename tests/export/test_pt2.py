@@ -1,4 +1,4 @@
-"""The compiled package: the smallest network there is goes through a C++ compiler and comes back as itself."""
+"""Tests of the compiled package: the smallest possible network passes through a C++ compiler and computes the same."""
 
 import json
 import logging
@@ -21,13 +21,13 @@ from model.network.network import AllAttentionLM
 from model.tokenizer import BytesTokenizer
 from tests import oracle
 
-TEXT = "never mind how long précisément - " * 3  # beyond the ring
+TEXT = "never mind how long précisément - " * 3  # longer than the ring
 CONFIG = ModelConfig(vocab_size=256, num_layers=1, width=16, num_heads=2, num_persistent=3, max_span=24, span_ramp=4)
 
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    """Compiling makes a logger quieter; no other test shall know."""
+    """Restore the level of a logger that compiling changes, so that other tests are not affected."""
     logger = logging.getLogger("torch._inductor")
     level = logger.level
     yield

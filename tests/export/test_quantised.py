@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits and everything in 16: what is kept how, how far it is off, and that rows stay strangers."""
+"""Tests of artefacts with weights in 8 or 4 bits, or all in 16 bits: formats, errors, and independence of rows."""
 
 import json
 from pathlib import Path
@@ -18,15 +18,15 @@ from model.frozen.exported import ExportedLM
 from tests.support.agreement_bundle import build_network, text_tokens
 from tests.support.artefacts import artefact_of, model_of
 
-LENGTH = 200  # beyond the longest ring
+LENGTH = 200  # longer than the longest ring
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
-# Where a float constant may still go: tables of which lines are looked up, biases, masks, norms; scales of the blocks.
+# Operators that may still use a float constant: tables that are looked up, biases, masks, norms, scales of blocks.
 STAYING = {"Gather", "GatherND", "Add", "Where", "Expand", "Pad", "LayerNormalization", "MatMulNBits"}
 CASES = (("masked", "onnx-int8"), ("words", "onnx-int8"), ("masked", "onnx-int4"))
 
 
 def in_one_matrix(weight: np.ndarray, *, bits: int) -> tuple[onnx.ModelProto, np.ndarray, np.ndarray]:
-    """A product with a constant, quantised; an input for it, and what it gives in numpy."""
+    """Return a quantised product with a constant matrix, an input for it, and its output by numpy."""
     value = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, [*weight.shape[:-2], "n", weight.shape[-2]]),
         helper.make_tensor_value_info("y", TensorProto.FLOAT, [*weight.shape[:-2], "n", weight.shape[-1]]),
@@ -68,7 +68,7 @@ def test_every_product_with_a_constant_is_in_few_bits(kind, format):
         for node in products:
             said = {attribute.name: attribute.i for attribute in node.attribute}
             assert (said["bits"], said["block_size"]) == (bits, BLOCK)
-        projections = 2 * 3  # of each layer, beside persistent keys and values a head and the output layer
+        projections = 2 * 3  # per layer; the rest are persistent keys and values per head, and the output layer
         assert len(products) >= (1 if name == "logits" else projections + 2 * 4 * 3)
 
 
@@ -82,7 +82,7 @@ def test_fewer_bits_make_smaller_files():
 
 
 def read_on(model: ExportedLM, text: np.ndarray) -> torch.Tensor:
-    """The logits [T, V] after each token of a text: the first half read at once, the rest token by token."""
+    """Return the logits [T, V] after each token of a text: half of it is read at once, the rest token by token."""
     cache, half = model.allocate(4), len(text) // 2
     hidden, new = model.extend(torch.from_numpy(text[None, :half]), cache, [0])
     cache.commit([0], new, [half])
@@ -112,7 +112,7 @@ def test_the_difference_from_full_numbers_is_bounded_and_there(format):
 
 
 def prepared(model: ExportedLM, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What row 2 of 6 gets in both kinds of step, in company that `neighbours` decides."""
+    """Return the outputs of row 2 of 6 in both kinds of step; `neighbours` is the seed of the other rows."""
     random = torch.Generator().manual_seed(neighbours)
     cache = model.allocate(6)
     tokens = torch.randint(256, (6, 40), generator=random)

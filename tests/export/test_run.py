@@ -1,4 +1,4 @@
-"""The command lines of `export.run` and `export.verify`: what they write, what they refuse, and what is left then."""
+"""Tests of `export.run` and `export.verify`: the files they write, their refusals, and the folder after a refusal."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said on stderr: one line."""
+    """Return the one line on standard error."""
     error = capsys.readouterr().err
     lines = [line for line in error.replace("\r", "\n").split("\n") if line.startswith("error: ")]
     assert len(lines) == 1, error
@@ -55,7 +55,7 @@ def test_an_artefact_is_written_and_the_way_to_serve_it_is_said(tmp_path, capsys
 
 
 def test_an_artefact_takes_the_place_of_another_one(tmp_path, text):
-    out = write_artefact(tmp_path / "out")  # of onnx, with files that the next one does not have
+    out = write_artefact(tmp_path / "out")  # an ONNX artefact, with files that the new artefact does not have
     assert (
         run.main([str(bundle_of("words")), str(out), "--format", "torchscript", "--text", str(text_file("words"))]) == 0
     )
@@ -69,7 +69,7 @@ def test_spans_and_rings_in_the_manifest_are_those_of_the_model():
     for layer, spans in zip(document["spans"], SPANS, strict=True):
         for reach, span in zip(layer, spans, strict=True):
             masks = [oracle.span_mask(d, span=span, max_span=160, span_ramp=8) for d in range(1, 161)]
-            assert reach - np.count_nonzero(masks) in (0, 1)  # 1 where a span in fp32 ends a hair's breadth farther
+            assert reach - np.count_nonzero(masks) in (0, 1)  # 1 if a span ends a little later in fp32
     assert document["rings"][0] == [{"num_heads": h, "num_slots": s} for h, s in ((2, 24), (1, 80), (1, 160))]
     assert "slot p % num_slots" in document["ring_layout"]
 
@@ -176,7 +176,7 @@ def test_a_number_of_bytes_that_is_none_is_refused(tmp_path, capsys, text, num_b
     for call in (lambda: run.main(argv), lambda: verify.main([*argv[:2], *argv[4:]])):
         try:
             status = call()
-        except SystemExit as error:  # of argparse
+        except SystemExit as error:  # argparse raises it
             status = error.code
         assert status != 0
         assert "--num-bytes" in capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_what_is_not_there_cannot_be_verified(tmp_path, capsys, missing, text):
 
 
 def test_an_artefact_that_computes_something_else_fails_with_status_1(tmp_path, capsys, text, monkeypatch):
-    """One whose files are all right by their hashes, made of a model that lost its sqrt(N)."""
+    """All files match their hashes, but the graphs come from a model without the factor sqrt(N)."""
     load = run.load_baked
 
     def wrong(bundle, *, dtype, device):

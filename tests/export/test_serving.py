@@ -1,4 +1,4 @@
-"""`python -m server` over an artefact that is broken or does not fit the settings: it says so and never starts."""
+"""Tests of `python -m server` over an artefact that is broken or does not fit the settings: it refuses to start."""
 
 import shutil
 import subprocess
@@ -22,12 +22,12 @@ def test_the_backend_is_what_the_folder_was_made_for(tmp_path, kind):
     folder = bundle_of() if kind == "torch" else write_artefact(tmp_path / "artefact", kind=kind)
     for backend in ("auto", kind):
         bundle, settings = open_model(Settings(bundle=folder, backend=backend))
-        assert settings.backend == (backend if kind == "torch" else kind)  # of a bundle the engine process decides
+        assert settings.backend == (backend if kind == "torch" else kind)  # for a bundle, the engine process decides
         assert bundle.hash == open_bundle(bundle_of()).hash
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What the server says to settings that do not fit; status 2, before anything starts."""
+    """Return the server's message about settings that do not fit; it ends with status 2 before anything starts."""
     assert main([*argv, "--port", "0"]) == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -87,7 +87,7 @@ def check_refusal(ended: subprocess.CompletedProcess[str], *said: str) -> None:
 
 @pytest.mark.slow
 def test_a_server_never_starts_over_a_graph_that_is_garbage(tmp_path):
-    folder = write_artefact(tmp_path / "artefact", graph=b"garbage")  # by its hash it is right
+    folder = write_artefact(tmp_path / "artefact", graph=b"garbage")  # the file matches its hash
     check_refusal(refused_server(folder), f"{folder}/decode.onnx cannot be loaded by onnxruntime ")
 
 
@@ -117,7 +117,7 @@ def test_a_server_never_starts_over_a_truncated_file(tmp_path):
 
 @pytest.mark.slow
 def test_a_server_never_starts_over_graphs_that_cannot_compute(tmp_path):
-    """They load and are of the right model, but are no steps."""
+    """The graphs load and belong to the right model, but do not compute steps."""
     folder = write_artefact(tmp_path / "artefact", graph=onnx_graph(open_bundle(bundle_of()).hash))
     ended = refused_server(folder, "--max-restarts", "0")
     assert ended.returncode == 1

@@ -1,7 +1,7 @@
-"""Verification by replay: an artefact of subtly wrong maths is not let pass, and nothing is left of it.
+"""Tests of verification by replay: an artefact with subtly wrong maths is refused, and none of its files remain.
 
-Each fault is put into the model that the exporter is given, or between a right graph and who runs it; the reference of
-the replay is read from the bundle and stays right.
+Each fault is put into the model that is exported, or into the outputs of a right graph. The reference of the replay is
+read from the bundle and stays right.
 """
 
 import json
@@ -96,7 +96,7 @@ FAULTS = (
 
 @pytest.fixture
 def export_with(tmp_path, monkeypatch) -> Callable[[Callable[[BakedLM], None]], Path]:
-    """Export the small bundle as a model that a fault was put into, to where the returned path says."""
+    """Return a function that puts a fault into the small bundle's model, exports it, and returns the folder."""
 
     def run(fault: Callable[[BakedLM], None], *, format: str = "torchscript") -> Path:
         def load(bundle, *, dtype, device):
@@ -135,7 +135,7 @@ def test_without_a_fault_the_same_road_leads_to_an_artefact(export_with, tmp_pat
 @pytest.mark.parametrize("what", ["output_bias", "embedding"])
 def test_what_is_no_number_is_not_let_pass(export_with, tmp_path, what, value):
     def fault(model):
-        getattr(model, what)[ord("e")] = value  # a letter of the text
+        getattr(model, what)[ord("e")] = value  # this letter is in the text
 
     with pytest.raises(ArtefactError, match=r"the artefact's logits differ from the bundle's by (nan|inf); at most"):
         export_with(fault)
@@ -154,7 +154,7 @@ def test_an_artefact_that_was_there_stays_as_it_was_after_a_failure(export_with,
 @pytest.mark.parametrize("step", ["decode", "extend"])
 def test_a_fault_in_one_of_the_two_steps_is_found(export_with, monkeypatch, step):
     right = getattr(Steps, step)
-    lengths = {"decode": 1, "extend": 2}[step]  # which of the inputs
+    lengths = {"decode": 1, "extend": 2}[step]  # index of `lengths` among the inputs
 
     def wrong(steps, *inputs):
         return right(steps, *inputs[:lengths], inputs[lengths] + 1, *inputs[lengths + 1 :])
@@ -165,7 +165,7 @@ def test_a_fault_in_one_of_the_two_steps_is_found(export_with, monkeypatch, step
 
 
 class Tampered(TorchGraphs):
-    """Right graphs, and a hand on what they return."""
+    """Right graphs whose outputs are changed."""
 
     def __init__(self, graphs: TorchGraphs, change: Callable[[str, list[Tensor]], None]) -> None:
         self.device, self._graphs, self._change = graphs.device, graphs, change
@@ -210,7 +210,7 @@ def test_a_memory_share_that_is_off_is_not_let_pass():
         if graph == "extend":
             outputs[2] = outputs[2] + 1e-3
 
-    with pytest.raises(ArtefactError, match=r"its memory share by 1\.00e-03; at most 0\.0001 is let pass"):
+    with pytest.raises(ArtefactError, match=r"its memory share by 1\.00e-03; at most 0\.0001 is allowed"):
         check(tampered(change))
 
 
@@ -218,7 +218,7 @@ def test_a_memory_share_that_is_off_is_not_let_pass():
 def test_new_keys_and_values_that_are_off_are_not_let_pass(step):
     def change(graph, outputs):
         if graph == step:
-            outputs[-1][:, :, 0, 0, 0] += 1.5e-4  # one number of a key: too little to move a logit by as much
+            outputs[-1][:, :, 0, 0, 0] += 1.5e-4  # one number of a key, which moves the logits by less
 
     with pytest.raises(ArtefactError, match=r"the artefact's keys and values differ from the bundle's by 1\.5\de-04"):
         check(tampered(change))
@@ -232,7 +232,7 @@ def test_the_bound_goes_with_how_weights_are_kept(weights):
         if graph == "decode":
             outputs[0] = outputs[0] + 1.01 * bound
 
-    with pytest.raises(ArtefactError, match=rf"at most {bound:g} is let pass with weights in {weights}"):
+    with pytest.raises(ArtefactError, match=rf"at most {bound:g} is allowed with weights in {weights}"):
         check(tampered(change), weights)
 
 
@@ -259,7 +259,7 @@ def test_the_manifest_holds_what_was_measured():
     tokens = np.array(bundle.tokenizer.encode(text_file().read_text()))
     expected = evaluate(load_baked(bundle), bundle.tokenizer, tokens).score
     assert said["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
-    assert said["text_bytes"] == expected.num_bytes == len(text_file().read_bytes()) - 1  # the first one is given
+    assert said["text_bytes"] == expected.num_bytes == len(text_file().read_bytes()) - 1  # the first is not scored
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""The order of every sum is a property of the model: equal bits of logits and rings, whatever computes them.
+"""Tests that the order of every sum depends on the model alone: equal bits of logits and rings, however computed.
 
-Not in whom else the batch holds, in which chunks a text is read, on how many threads, in which variant, from which slot
-on a ring is used: a row's numbers depend on its own tokens alone.
+A row's numbers depend on its own tokens alone. They do not depend on the other rows of the batch, the chunks in which
+the text is read, the number of threads, the instruction set, or the slot at which a ring begins.
 """
 
 from functools import cache
@@ -15,7 +15,7 @@ from model.frozen.native.library import DRAW, WEIGHTS, runnable_variants
 from model.frozen.native.lm import NativeLM
 from tests.support.native_models import native, random_tokens, tiled_network
 
-LENGTH = 150  # beyond every ring: 16 to 96 slots
+LENGTH = 150  # longer than every ring (16 to 96 slots)
 TOKENS = random_tokens(LENGTH)
 
 
@@ -31,7 +31,7 @@ def model_of(weights: str, variant: str = "auto", threads: int = 2) -> NativeLM:
 
 @cache
 def wanted_of(weights: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [T, V] and the row's rings, token by token, alone, on one thread."""
+    """Return the logits [T, V] and the row's rings, computed token by token in a batch of one, on one thread."""
     return token_by_token(model_of(weights, threads=1))
 
 
@@ -64,7 +64,7 @@ def assert_same(found, wanted) -> None:
 
 
 def test_different_tokens_give_different_bits(weights, wanted):
-    """Else the other tests would prove nothing."""
+    """If different tokens gave equal bits, the other tests would prove nothing."""
     assert len({tuple(line.tolist()) for line in wanted[0]}) == LENGTH
 
 
@@ -93,7 +93,7 @@ def test_any_number_of_threads_computes_alike(weights, wanted, threads):
 @pytest.mark.parametrize("variant", runnable_variants())
 @pytest.mark.parametrize("num_rows", [2, 5, 12, 37])
 def test_a_row_is_decoded_alike_in_any_batch(weights, wanted, num_rows, variant):
-    """The others are at other places of other texts, and the row is not always the same."""
+    """The other rows are at other positions of other texts, and the text moves from row to row."""
     model = model_of(weights, variant)
     cache = model.allocate(num_rows)
     for row in range(num_rows):
@@ -102,7 +102,7 @@ def test_a_row_is_decoded_alike_in_any_batch(weights, wanted, num_rows, variant)
     own = num_rows // 2
     cache.reset(own)
     for i, token in enumerate(TOKENS[:110]):
-        if i % 40 == 39:  # it moves to another row
+        if i % 40 == 39:  # the text moves to another row
             cache.move(own, (own + 1) % num_rows)
             own = (own + 1) % num_rows
         fed = random_tokens(num_rows, seed=1000 + i)
@@ -142,7 +142,7 @@ def test_padding_leaves_no_trace(weights, wanted):
 @pytest.mark.parametrize("weights", ["float32"])
 @pytest.mark.parametrize("offset", [1, 15, 16, 40, 95])
 def test_it_does_not_matter_where_rings_begin(weights, offset):
-    """Full rings, turned by some slots, in a row that is as many tokens older."""
+    """The second row's rings are full and turned by `offset` slots, and the row is that many tokens older."""
     model = model_of(weights)
     cache = model.allocate(2)
     _, new = model.extend(TOKENS[None, :120], cache, [0])
@@ -158,7 +158,7 @@ def test_it_does_not_matter_where_rings_begin(weights, offset):
 
 
 def turned(model: NativeLM, rings: torch.Tensor, by: int) -> torch.Tensor:
-    """A row of float32 rings, keys [S/16, D, 16] then values [S, D] of each head, with slot s now at s + by."""
+    """Return a row's float32 rings, keys [S/16, D, 16] then values [S, D] of each head, with slot s moved to s + by."""
     parts, head = [], model.config.head_size
     for num_slots in ring_slots(model.spans).flatten().tolist():
         keys, values, rings = rings.split([num_slots * head, num_slots * head, len(rings) - 2 * num_slots * head])

@@ -1,4 +1,4 @@
-"""Building and loading the native step: what a user reads where it cannot be built or loaded."""
+"""Tests of building and loading the native step: the messages if it cannot be built or loaded."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_a_compiler_that_fails_is_named_and_leaves_the_library_alone(monkeypatch
     with pytest.raises(NativeError, match="the C\\+\\+ compiler failed: /bin/false -std=c"):
         build(force=True)
     assert library_path().stat() == before
-    assert build() == library_path()  # it is there: no compiler is needed
+    assert build() == library_path()  # the library exists, so no compiler is needed
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""When the native step serves a bundle, and what is said if it cannot."""
+"""Tests of when the native step serves a bundle, and of the messages if it cannot."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.support.artefacts import artefact_of, bundle_of
 
 @pytest.fixture
 def narrow_bundle(tmp_path: Path) -> Path:
-    """A model whose width is no multiple of 16, which the native step does not support."""
+    """Return a bundle whose width is not a multiple of 16, which the native step does not support."""
     config = ModelConfig(vocab_size=256, num_layers=1, width=24, num_heads=2, num_persistent=4, max_span=16)
     torch.manual_seed(0)
     tensors = {name: tensor.numpy() for name, tensor in AllAttentionLM(config).state_dict().items()}

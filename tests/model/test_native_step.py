@@ -1,4 +1,4 @@
-"""The native step gives the oracle's logits and torch's draws, keeps its promises to the cache's owner, and says no."""
+"""Tests of the native step: the oracle's logits, torch's draws, the promises to the cache's owner, and refusals."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from tests.support.artefacts import SHIPPED
 from tests.support.native_models import native, random_tokens, small_native, tiled_network
 from training.corpus import SHAKESPEARE
 
-LENGTH = 230  # beyond the longest ring of 160, in which every slot has been overwritten
+LENGTH = 230  # longer than the longest ring (160 slots), so that every slot has been overwritten
 TOLERANCE = 1e-4
 
 
@@ -46,7 +46,7 @@ def text(kind) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def wanted(kind, text) -> torch.Tensor:
-    """The oracle's logits, [T, V]."""
+    """Return the oracle's logits, [T, V]."""
     network = build_network(kind)
     config = network.config
     logits = oracle.logits(
@@ -86,7 +86,7 @@ def test_token_by_token_gives_the_oracle_s_logits(model, text, wanted):
 
 
 def test_both_kinds_of_step_in_turn_give_the_oracle_s_logits(model, text, wanted):
-    """Three rows at different places of the text, which swap with a spare one."""
+    """Three rows at different positions of the text, which change places with a fourth row."""
     random, cache, rows = np.random.default_rng(4), model.allocate(4), [2, 0, 1]
     seen: list[list[torch.Tensor]] = [[], [], []]
     while min(map(len, seen)) < LENGTH:
@@ -223,7 +223,7 @@ def samplings(count: int) -> list[SamplingParams]:
 
 @pytest.mark.parametrize("network", ["words", "tiled"])
 def test_draws_are_those_of_model_sampling_for_the_same_logits(network):
-    """Probabilities differ in the last bit, so a draw in 10,000 may differ where its noise falls on an edge."""
+    """Probabilities may differ in the last bit; a draw in 10,000 may differ because its noise falls on an edge."""
     model = small_native("words") if network == "words" else native(tiled_network())
     cache, count, random = model.allocate(24), 24, np.random.default_rng(1)
     wishes = samplings(count)
@@ -293,7 +293,7 @@ def test_draws_follow_the_distribution():
 
 @pytest.mark.parametrize(("weights", "bound"), [("bfloat16", 0.02), ("int8", 0.06), ("int4", 0.6)])
 def test_rounded_weights_change_little(weights, bound):
-    """The mean difference of logits that vary by 3 or so."""
+    """Checks the mean difference of logits, which vary by about 3."""
     text = random_tokens(120)
     exact, rounded = native(tiled_network()), native(tiled_network(), weights=weights)
     logits = [one.logits(one.extend(text[None], one.allocate(1), [0])[0][0]) for one in (exact, rounded)]
@@ -307,7 +307,7 @@ def test_rounded_weights_change_little(weights, bound):
     ("weights", "bound"), [("float32", 1e-5), ("bfloat16", 0.001), ("int8", 0.003), ("int4", 0.015)]
 )
 def test_rounded_weights_cost_few_bits_on_a_real_text(weights, bound):
-    """Bits per byte of a text that the shipped model was not trained on, beside torch's in float32."""
+    """Compares bits per byte, on a text that the shipped model was not trained on, with torch's in float32."""
     bundle = open_bundle(SHIPPED)
     tokens = np.array(bundle.tokenizer.encode(SHAKESPEARE.read_text()[:30_000]))
     found = []

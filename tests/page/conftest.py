@@ -1,4 +1,4 @@
-"""The browser in which the tests of the page run, one for each file of tests."""
+"""The browser that runs the tests of the page; each file of tests starts it once."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The files of the page, without a browser: how they are served, and that they ask for nothing that the API lacks."""
+"""Tests of the page's files without a browser: how they are served, and that they use only what the API has."""
 
 import re
 from html.parser import HTMLParser
@@ -35,7 +35,7 @@ def address(name: str) -> str:
 
 
 class Tags(HTMLParser):
-    """Every tag of a page, with its attributes."""
+    """A parser that collects every tag of a page, with its attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -163,9 +163,9 @@ async def test_every_field_that_a_script_reads_is_in_a_reply():
     known = {field.name for reply in replies for field in msgspec.structs.fields(reply)} | set(Parameters.model_fields)
     for path in ("/info", "/model/spans", "/playground/parameters.json"):
         known |= set(re.findall(r'"(\w+)":', (await get(path)).text))
-    known |= {"bits_per_byte"}  # of info.training.splits, where a bundle has them
+    known |= {"bits_per_byte"}  # a field of info.training.splits, which not every bundle has
     for name in SCRIPTS:
         code = re.sub(r"//.*|/\*\*.*?\*/", "", read(name))
-        read_fields = set(re.findall(r"(?<![\w\"])([a-z]+(?:_[a-z]+)+)\b(?!\")", code))  # our own names have no _
-        strings = {"eos_token", "stop_sequence"}  # reasons
+        read_fields = set(re.findall(r"(?<![\w\"])([a-z]+(?:_[a-z]+)+)\b(?!\")", code))  # the page's own names lack _
+        strings = {"eos_token", "stop_sequence"}  # finish reasons
         assert read_fields - strings <= known, name

@@ -1,4 +1,4 @@
-"""The page in a real browser where something is wrong: keys, odd input, refusals, a server that is gone."""
+"""Tests of the page in a real browser when something is wrong: keys, odd input, refusals, a server that is gone."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def page(browser, url) -> Iterator[Page]:
-    """The page, opened; it asks for a key. Nothing that it does is a bug, whatever the server says."""
+    """Open the page, which asks for a key. Whatever the server answers, the page must not raise an error."""
     bugs: list[str] = []
     with browser.new_context() as context:
         page = context.new_page()
@@ -43,7 +43,7 @@ def unlock(page: Page) -> None:
 
 
 def generate(page: Page, **fields: str) -> str:
-    """Fill the form in, run it to the end, return prompt and output."""
+    """Fill in the form, generate until the end, and return prompt and output."""
     for name, value in fields.items():
         page.locator(f"#{name}").fill(value)
     page.locator("#generate-run").click()
@@ -161,7 +161,7 @@ def test_generated_text_is_measured_even_while_another_text_is(page):
 
 def test_words_without_an_end_do_not_widen_a_phone(page):
     page.set_viewport_size(PHONE)
-    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]  # with the field for the key
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]  # the key's field is visible too
     unlock(page)
     word = "unbroken" * 40
     generate(page, prompt=word, max_new_tokens="5", temperature="1")

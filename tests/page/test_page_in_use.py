@@ -1,4 +1,4 @@
-"""The page in a real browser, over the bundle that ships, where all goes well: what a person sees and does."""
+"""Tests of the page in a real browser with the bundle that ships, when all goes well: what a person sees and does."""
 
 import json
 import time
@@ -47,7 +47,7 @@ def post(url: str, path: str, body: dict[str, Any]) -> Any:
 
 
 def generate(page: Page, **fields: object) -> str:
-    """Fill the form in, run it to the end and return the text."""
+    """Fill in the form, generate until the end, and return the text."""
     for name, value in fields.items():
         field = page.locator(f"#{name}")
         field.wait_for(state="attached")
@@ -124,7 +124,7 @@ def test_stopping_frees_the_row_and_keeps_the_text_and_its_seed(page, url, how):
     page.fill("#max_new_tokens", "")
     page.click("#generate-run")
     expect(page.locator("#generate-run")).to_have_text("Stop")
-    page.locator("#figure-tokens", has_text="9").wait_for()  # nine of them, or more
+    page.locator("#figure-tokens", has_text="9").wait_for()  # nine tokens, or more
     assert httpx.get(f"{url}health").json()["rows"]["used"] == 1
     page.click("#generate-run") if how == "button" else page.keyboard.press("Escape")
     expect(page.locator("#generate-status")).to_have_text("Stopped")
@@ -138,7 +138,7 @@ def test_stopping_frees_the_row_and_keeps_the_text_and_its_seed(page, url, how):
     page.fill("#max_new_tokens", count)
     page.click("#keep-seed")
     expect(page.locator("#generate-status")).to_have_text("Done: the requested number of tokens")
-    assert output(page).startswith(shown)  # what the decoder held back may follow
+    assert output(page).startswith(shown)  # text that the decoder held back may follow
 
 
 def test_greedy_asks_for_no_sampling(page, url):

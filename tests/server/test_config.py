@@ -13,7 +13,7 @@ KEYS = ["correct-horse-battery", "staple/2+more=chars~~"]
 
 
 def other_value(name: str, folder: Path) -> Any:
-    """A legal value of a setting that is not its default, as Python has it."""
+    """Return a legal value of a setting that is not its default, as a Python object."""
     field = Settings.model_fields[name]
     if name == "api_keys":
         return tuple(SecretStr(key) for key in KEYS)

@@ -1,4 +1,4 @@
-"""The order of starting and stopping: `serve` over a fake engine, then whole servers in processes of their own."""
+"""Tests of the order of start and stop: `serve` over a fake engine, then whole servers in processes of their own."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Running:
-    """`serve` as a task, and a client for it."""
+    """`serve` in a task, and a client for it."""
 
     def __init__(self, link: FakeLink, **settings: Any) -> None:
         self.link = link
@@ -195,7 +195,7 @@ class ServerProcess:
             yield response
 
     def ends(self, *, within_s: float) -> int:
-        """The exit status; its engines must be gone with it."""
+        """Return the exit status; assert that the server's engines are gone too."""
         engines = self.engines
         status = self.process.wait(within_s)
         deadline = time.monotonic() + 2

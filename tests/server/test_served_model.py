@@ -1,4 +1,4 @@
-"""What the API process checks of a model, what it leaves to the engine process, and how either refuses it."""
+"""Tests of the checks that the API process and the engine process make on a model, and of their refusals."""
 
 import shutil
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def spoil(file: Path) -> None:
-    """Other bytes, as many as before."""
+    """Overwrite a file with other bytes of the same number."""
     file.write_bytes(bytes(file.stat().st_size))
 
 
@@ -73,4 +73,4 @@ def test_a_server_over_changed_weights_says_so_in_its_last_line_and_ends_with_st
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.splitlines()[-1] == f"allattn: {caught.value}"
     assert "Traceback" not in ended.stderr
-    assert '"trace"' not in ended.stderr  # nothing has failed: the message says all
+    assert '"trace"' not in ended.stderr  # an expected refusal: the message is enough, no traceback

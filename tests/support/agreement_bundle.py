@@ -1,4 +1,4 @@
-"""The small bundles on which every path must agree: uneven spans, several ring sizes a layer, bytes or rare words."""
+"""The small bundles on which every path must agree: many spans, several ring sizes a layer, bytes or words."""
 
 from functools import cache
 from pathlib import Path
@@ -12,15 +12,15 @@ from model.config import ModelConfig
 from model.network.network import AllAttentionLM
 from model.tokenizer import BytesTokenizer, Tokenizer, train_words
 
-KINDS = ("masked", "zero", "words")  # bytes with the two sorts of empty slots; words in clusters, which are masked
+KINDS = ("masked", "zero", "words")  # bytes with each sort of empty slots; words in clusters, with masked empty slots
 SPANS = ((0.0, 0.05, 0.4, 1.0), (0.1, 0.1, 0.9, 0.0), (1.0, 1.0, 1.0, 1.0))
-TEXT = "Call me Ishmael. Some years ago - never mind how long précisément - " * 5  # beyond every span
+TEXT = "Call me Ishmael. Some years ago - never mind how long précisément - " * 5  # longer than every span
 ADAPTIVE: dict[str, Any] = {"embedding": "adaptive", "adaptive_cutoffs": (5, 9), "adaptive_div": 4}
 
 
 @cache
 def text_of(kind: str) -> str:
-    """A text beyond every span; that of words has 20 kinds of them, most of which are rare."""
+    """Return a text longer than every span; the text of words has 20 different words, most of which are rare."""
     if kind != "words":
         return TEXT
     words = [*TEXT.replace("-", "\n").split(" ")[:-1], "so", "it", "was", "and", "is", "not", "over", "yet", "."]
@@ -30,12 +30,12 @@ def text_of(kind: str) -> str:
 
 @cache
 def tokenizer_of(kind: str) -> Tokenizer:
-    """The tokenizer of a bundle."""
+    """Return the tokenizer of a bundle."""
     return train_words([text_of(kind)], vocab_size=20) if kind == "words" else BytesTokenizer()
 
 
 def build_network(kind: str = "masked") -> AllAttentionLM:
-    """A network whose every part matters, with scores of the order of 1."""
+    """Return a network in which every part changes the output; attention scores are of the order of 1."""
     config = ModelConfig(
         vocab_size=20 if kind == "words" else 256,
         num_layers=len(SPANS),
@@ -60,7 +60,7 @@ def build_network(kind: str = "masked") -> AllAttentionLM:
 
 
 def write_bundle(path: Path, kind: str = "masked") -> Path:
-    """The network as a bundle."""
+    """Write the network as a bundle and return its path."""
     network = build_network(kind)
     tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     save_bundle(
@@ -70,5 +70,5 @@ def write_bundle(path: Path, kind: str = "masked") -> Path:
 
 
 def text_tokens(length: int, kind: str = "masked") -> np.ndarray:
-    """The first tokens of the text, [length] int64."""
+    """Return the first tokens of the text, [length] int64."""
     return np.array(tokenizer_of(kind).encode(text_of(kind))[:length], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of the page, and two rules for each page: no error, no request to others."""
+"""A headless Chromium for the tests of the page. No page may log an error or send a request to another server."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ MISSING = "no Chromium: make browser, as root on Debian"
 def chromium() -> Iterator[Browser]:
     """Start the system's browser. Playwright downloads none of its own."""
     assert CHROMIUM is not None, MISSING
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # the sandbox is not for root, as in containers
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # root cannot use the sandbox
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         try:
@@ -28,7 +28,7 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, url: str, *, refusals: bool = False, **options: Any) -> Iterator[Page]:
-    """Open the page in a profile of its own. `refusals`: the server will refuse something, which Chromium logs."""
+    """Open the page in a new profile. `refusals`: the server will refuse something, which Chromium logs as an error."""
     complaints: list[str] = []
     with browser.new_context(**options) as context:
         page = context.new_page()

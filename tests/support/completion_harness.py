@@ -1,4 +1,4 @@
-"""POST /v1/completions over a fake engine: what its tests share."""
+"""Functions that the tests of POST /v1/completions over a fake engine share."""
 
 import json
 from typing import Any
@@ -28,7 +28,7 @@ async def stream(link: FakeLink | None = None, **body: Any) -> list[dict[str, An
 
 
 def choices_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The plain choices that the chunks add up to."""
+    """Return the plain choices that the chunks of a stream add up to."""
     choices: dict[int, dict[str, Any]] = {}
     for part in (choice for chunk in chunks for choice in chunk["choices"]):
         whole = choices.setdefault(part["index"], {"index": part["index"], "text": "", "logprobs": None})

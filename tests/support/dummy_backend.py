@@ -1,4 +1,4 @@
-"""The loader of a backend as somebody might add it; its row is in test_backend_table.py."""
+"""The loader of a backend that somebody could add; its row in the table is in test_backend_table.py."""
 
 from model.backends import LoadOptions
 from model.bundle import Bundle
@@ -7,7 +7,7 @@ from model.frozen.served import ServedLM
 
 
 def load_dummy(bundle: Bundle, options: LoadOptions) -> ServedLM:
-    """The backend `torch` under another name."""
+    """Load the model of the backend `torch`, under another name."""
     model = load_torch(bundle, options)
     model.backend = "dummy"
     return model

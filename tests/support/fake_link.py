@@ -1,4 +1,4 @@
-"""An engine without a model: it answers with a script, so that a test of the HTTP side knows every byte to expect."""
+"""An engine without a model: it answers with a script, so that a test of the HTTP side knows every byte it gets."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -25,11 +25,11 @@ NO_EXTRAS = Extras()
 
 
 class FakeLink:
-    """Generates `script` over and over, one token a step of `step_s`; scores a token by its id alone.
+    """A link that generates `script` over and over, one token every `step_s`; a token's score depends on its id alone.
 
-    A drawn sequence begins its script at its seed. Scores come in messages of `chunk` tokens. `hang_after` keeps a
-    sequence after so many generated tokens, or after so many scored ones and before the last message with scores, until
-    it is cancelled or `end_all` is called.
+    A sampled sequence begins the script at the position that its seed says. Scores come in messages of `chunk` tokens.
+    `hang_after` stops a sequence after that many generated tokens, or after that many scored tokens and before the last
+    message with scores, until it is cancelled or `end_all` is called.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class FakeLink:
     async def _play(self, said: AsyncIterator[Token | Scores | Ended], stream: Stream) -> None:
         async for message in said:
             if not stream.put(message) and not isinstance(message, Ended):
-                self.cancel(message.sequence)  # as the link does with one that reads too slowly
+                self.cancel(message.sequence)  # as the link does if a client reads too slowly
 
     def _end(self, sequence: str, ended: Ended) -> None:
         if not self._endings[sequence].done():
@@ -155,7 +155,7 @@ class FakeLink:
             if self.hang_after is not None and (is_last or number * self.chunk >= self.hang_after):
                 self.num_hanging += 1
                 await ending
-            if number % 2 == 0:  # so that a reader takes one message in some turns, and two in others
+            if number % 2 == 0:  # so that the reader sometimes gets one message at a time and sometimes two
                 await asyncio.sleep(self.step_s)
             if ending.done():
                 break
@@ -168,19 +168,19 @@ class FakeLink:
 
 
 def fake_logprobs(tokens: np.ndarray) -> np.ndarray:
-    """The log-probabilities that a FakeLink gives: quarters, so that sums of them are exact."""
+    """Return the log-probabilities that a FakeLink gives: multiples of 1/4, so that their sums are exact."""
     return (-(tokens % 7) / 4 - 0.25).astype("<f4")
 
 
 def fake_ranks(tokens: np.ndarray) -> np.ndarray:
-    """The ranks that a FakeLink gives."""
+    """Return the ranks that a FakeLink gives."""
     return (tokens % 3).astype("<i4")
 
 
 def fake_scores(name: str, tokens: np.ndarray, extras: Extras = NO_EXTRAS) -> Scores:
-    """The message of a FakeLink about scored tokens. Every figure depends on the token alone and is exact in binary."""
+    """Return a FakeLink's message with scores. Every figure depends on the token alone and is exact in binary."""
     tops = np.array(_top(tokens.tolist(), extras.num_top)).reshape(len(tokens), extras.num_top, 2)
-    shares = np.stack([tokens / 256, 1 - tokens / 256], axis=1)  # of two layers
+    shares = np.stack([tokens / 256, 1 - tokens / 256], axis=1)  # for two layers
     return Scores(
         name,
         fake_logprobs(tokens).tobytes(),
@@ -193,5 +193,5 @@ def fake_scores(name: str, tokens: np.ndarray, extras: Extras = NO_EXTRAS) -> Sc
 
 
 def _top(tokens: list[int], count: int) -> list[tuple[tuple[int, float], ...]]:
-    """The token and those after it, each less probable than the one before."""
+    """Return each token with the tokens after it, each less probable than the token before it."""
     return [tuple(((token + i) % 256, -0.5 - i) for i in range(count)) for token in tokens]

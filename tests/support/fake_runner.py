@@ -12,31 +12,31 @@ from server.engine.sequence import Chunk, ChunkResult, ChunkScores, Draw, Drawn
 from server.protocol.messages import EngineFacts
 
 VOCABULARY = 251
-NOT_A_NUMBER_TOKEN = 13  # a history that ends with it has no numbers
+NOT_A_NUMBER_TOKEN = 13  # a history that ends with it gets a log-probability of NaN
 RAISE_TOKEN = 14  # reading it raises
-STALL_TOKEN = 15  # reading it takes for ever
+STALL_TOKEN = 15  # reading it takes an hour
 DIE_TOKEN = 16  # reading it ends the process
-OUT_OF_MEMORY_TOKEN = 17  # there is no memory for it
-RAISE_ALL_TOKEN = 18  # reading it breaks the device for good
+OUT_OF_MEMORY_TOKEN = 17  # reading it raises MemoryError
+RAISE_ALL_TOKEN = 18  # after it is read, every step raises
 
 
 def next_token(history: Sequence[int]) -> int:
-    """What the runner says after a history."""
+    """Return the token that the runner generates after a history."""
     return int.from_bytes(blake2b(bytes(history), digest_size=4).digest(), "big") % 200 + 20
 
 
 class FakeRunner:
-    """Rows hold the tokens they were fed."""
+    """A runner whose rows hold the tokens that they have read."""
 
     def __init__(self, num_rows: int = 4) -> None:
         self.num_rows = num_rows
         self.rows: list[list[int] | None] = [None] * num_rows
-        self.calls: list[tuple[str, int]] = []  # kind of work, tokens
+        self.calls: list[tuple[str, int]] = []  # (kind of work, number of tokens or rows)
         self.is_broken = False
 
     @classmethod
     def load(cls, options: EngineOptions) -> "FakeRunner":
-        """The factory that an engine process calls."""
+        """Return a runner; the engine process calls this."""
         return cls(options.num_rows)
 
     def warm_up(self) -> EngineFacts:
@@ -90,7 +90,7 @@ class FakeRunner:
         return ChunkResult(tuple(_draw(history, draw) for draw in chunk.draws), scores)
 
     def _look_at(self, tokens: Sequence[int]) -> None:
-        """Fail before anything has changed, as a runner must."""
+        """Fail if a token asks for it, before any state has changed, as a runner must."""
         if DIE_TOKEN in tokens:
             os._exit(9)
         if STALL_TOKEN in tokens:

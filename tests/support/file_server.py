@@ -1,4 +1,4 @@
-"""A server of one file on this machine, which fails as it is told to."""
+"""A server of one file on this machine, which fails as a test tells it to."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ import pytest
 
 
 def forget_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no request of a test leave by a proxy of the machine it runs on."""
+    """Ensure that the test's requests do not pass through a proxy of the machine."""
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -19,26 +19,26 @@ def forget_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """How the server treats one request; the default is as it should be."""
+    """How the server answers one request; the default is a right answer."""
 
     status: int = 200
-    content: bytes | None = None  # another file than the one that is served
-    cut_after: int | None = None  # bytes of the body
-    stall: bool = False  # where it is cut, keep the connection instead of closing it
-    reset: bool = False  # where it is cut, end the connection as a crash does
+    content: bytes | None = None  # a file to send in place of the served file
+    cut_after: int | None = None  # number of bytes of the body to send
+    stall: bool = False  # after cut_after, keep the connection open
+    reset: bool = False  # after cut_after, end the connection as a crash does
     knows_ranges: bool = True
     says_length: bool = True
-    range_shift: int = 0  # begin so many bytes from where it was asked to
+    range_shift: int = 0  # begin this many bytes after the requested place
     headers: dict[str, str] = field(default_factory=dict)
 
 
 class Server:
-    """Gives the answers in turn, the last one for ever; keeps what was asked and how much it sent."""
+    """A server that gives the answers in turn and repeats the last; records requests and the number of bytes sent."""
 
     def __init__(self, content: bytes, *answers: Answer) -> None:
         self.content = content
         self.answers = list(answers) or [Answer()]
-        self.asked: list[tuple[str, str]] = []  # path and range
+        self.asked: list[tuple[str, str]] = []  # path and range of each request
         self.sent = 0
         self.stopped = threading.Event()
         script = self
@@ -47,7 +47,7 @@ class Server:
             def do_GET(self) -> None:
                 script.answer(self)
 
-            do_CONNECT = do_GET  # noqa: N815 - what a proxy is asked for https
+            do_CONNECT = do_GET  # noqa: N815 - a client sends CONNECT to a proxy for https
 
             def log_message(self, format: str, *args: object) -> None:
                 pass

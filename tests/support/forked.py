@@ -1,4 +1,4 @@
-"""Processes for tests that start many: forks of one that has imported torch, a tenth of a second instead of seconds."""
+"""Processes for tests that start many: forks of a process with torch imported; each starts in a tenth of a second."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "torch._dynamo",  # which the first backward pass would import
+        "torch._dynamo",  # the first backward pass would import it
         "torch.distributed.fsdp",
         "torch.nn.parallel.distributed",
         "torch.utils.tensorboard",
@@ -23,14 +23,14 @@ CONTEXT.set_forkserver_preload(
 
 
 def start(target: Callable[..., Any], *args: Any, quiet: Path | None = None) -> ForkServerProcess:
-    """A process that calls `target`; what it says goes to the file `quiet`."""
+    """Start a process that calls `target`; its output goes to the file `quiet`."""
     process = CONTEXT.Process(target=_say_into, args=(quiet, target, args), daemon=True)
     process.start()
     return process
 
 
 def start_ranks(size: int, target: Callable[..., Any], *args: Any, quiet: Path) -> list[ForkServerProcess]:
-    """As torchrun starts processes: `target(*args)` in each, which may find the others."""
+    """Start processes as torchrun does: each calls `target(*args)` and can connect to the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,7 +41,7 @@ def start_ranks(size: int, target: Callable[..., Any], *args: Any, quiet: Path) 
 
 
 def end(*processes: BaseProcess, within: float = 120) -> list[int | None]:
-    """Wait for processes and return their exit codes; None for one that still ran, which is then killed."""
+    """Wait for processes and return their exit codes; kill a process that still runs, and return None for it."""
     for process in processes:
         process.join(within)
     codes = [process.exitcode for process in processes]

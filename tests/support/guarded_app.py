@@ -1,4 +1,4 @@
-"""The middlewares of the application around a few endpoints that need no engine, for the tests of what they do."""
+"""The middleware of the application around a few endpoints that need no engine, for tests of the middleware."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 
 @pytest.fixture
 def log_lines() -> Iterator[list[str]]:
-    """Every line of the log, the server's and uvicorn's, as it would be on standard error."""
+    """Give every line of the log, the server's and uvicorn's, as it would appear on standard error."""
     lines: list[str] = []
 
     class Lines(logging.Handler):
@@ -53,7 +53,7 @@ def answer(request: Request, error: ServerError) -> Response:
 
 
 def make_app(*, keys: list[str] | None = None) -> FastAPI:
-    """The middleware of create_app around a few endpoints that need no engine."""
+    """Return an application with the middleware of create_app around a few endpoints that need no engine."""
     app = FastAPI(title="allattn", docs_url=None, redoc_url=None)
 
     @app.get("/health/live")
@@ -110,7 +110,7 @@ def make_app(*, keys: list[str] | None = None) -> FastAPI:
 
 def make_client(app: FastAPI | None = None, *, key: str | None = None) -> httpx.AsyncClient:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    transport = httpx.ASGITransport(app or make_app())  # an exception that comes out would fail the test
+    transport = httpx.ASGITransport(app or make_app())  # an exception that no middleware handles fails the test
     return httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers)
 
 

@@ -1,4 +1,4 @@
-"""Artefacts that hold no model, made in milliseconds: for all that is checked before a graph computes anything."""
+"""Artefacts without a model, made in milliseconds, for tests of the checks that come before any computation."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def write_artefact(
     graph: bytes = b"no graph",
     bundle: str = "masked",
 ) -> Path:
-    """An artefact of a small bundle with the same bytes for every graph; `device` is where it was made."""
+    """Write an artefact of a small bundle with the same bytes for every graph. `device`: where it was made."""
     folder.mkdir()
     model = open_bundle(bundle_of(bundle))
     for name in DESCRIPTION:
@@ -46,12 +46,12 @@ def write_artefact(
 
 
 def file_of(graph: str, kind: str) -> str:
-    """Where a graph lies."""
+    """Return the name of a graph's file."""
     return "model.pt" if kind == "torchscript" else f"{graph}.{kind}"
 
 
 def sealed(folder: Path, **changes: object) -> Path:
-    """Write the manifest anew, so that it fits the files as they are now; `changes` are to its fields."""
+    """Write the manifest again with the hashes of the present files; `changes` replace its fields."""
     known = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
     facts = known.model_dump(exclude={"format", "ring_layout", "files"})
     write_manifest(folder, facts={**facts, **changes})
@@ -59,7 +59,7 @@ def sealed(folder: Path, **changes: object) -> Path:
 
 
 def onnx_graph(model_hash: str | None, *, opset: int = 20) -> bytes:
-    """A graph of ONNX that says which model it is of."""
+    """Return an ONNX graph that names the model it was made from."""
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", value[:1], value[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
@@ -69,7 +69,7 @@ def onnx_graph(model_hash: str | None, *, opset: int = 20) -> bytes:
 
 
 def stamped(file: Path, opset: int) -> None:
-    """Let a graph of ONNX say that it is of another opset."""
+    """Change the opset that the file of an ONNX graph names."""
     proto = onnx.load(file, load_external_data=False)
     proto.opset_import[0].version = opset
     file.write_bytes(proto.SerializeToString())

@@ -1,6 +1,6 @@
-"""The drawing of the house: every module of the project in its room, and what the room may import.
+"""The structure of the code: the room of every module of the project, and what each room may import.
 
-A module that is new, moved or gone fails tests/test_architecture.py until it is drawn here.
+tests/test_architecture.py fails if a module is new, moved or gone, until this table is changed too.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Room:
-    """A folder, or a part of one: its modules, the rooms that they may import, and the packages of other people."""
+    """A folder or a part of it: its modules, and the rooms and foreign packages that they may import."""
 
     modules: str
     rooms: str = ""
     packages: str = ""
 
 
-# From the ground up: a room may import the rooms that it names, which all stand above it here.
+# Ordered from the lowest layer up: a room may import only the rooms that it names, which stand above it in this table.
 HOUSE = {
     "model": Room(
         "config tokenizer bundle backends artefact folder scoring attention spans cross_entropy adaptive",
@@ -105,7 +105,7 @@ def folder_of(room: str) -> str:
 
 
 def room_names(room: str) -> list[str]:
-    """The rooms that a room may import, by their names in HOUSE."""
+    """Return the names in HOUSE of the rooms that a room may import."""
     return [name.replace(".(", " (") for name in HOUSE[room].rooms.split()]
 
 

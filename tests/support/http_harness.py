@@ -1,4 +1,4 @@
-"""The HTTP side over a fake engine: what the tests of the server share."""
+"""The HTTP side over a fake engine, for the tests of the server."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Links with real engine processes over a fake runner: what their tests share."""
+"""Links with real engine processes over a fake runner, for the tests of links."""
 
 import asyncio
 import os

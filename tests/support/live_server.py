@@ -1,4 +1,4 @@
-"""A server in a process of its own, for clients that other people wrote."""
+"""A server in a process of its own, for tests with other projects' clients."""
 
 import os
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def live_server(bundle: Path, *arguments: str, keys: str = "") -> Iterator[str]:
-    """Serve a bundle and give the URL. `keys`: a client has to send one of these, if there are any."""
+    """Serve a bundle and give the URL. `keys`: API keys; if there are any, a client has to send one of them."""
     command = [sys.executable, "-m", "server", "--bundle", str(bundle), "--port", "0", "--device", "cpu", *arguments]
     environment = {**os.environ, **({"ALLATTN_API_KEYS": keys} if keys else {})}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as server:
@@ -31,7 +31,7 @@ def live_server(bundle: Path, *arguments: str, keys: str = "") -> Iterator[str]:
 
 
 def refused_server(bundle: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """A whole server, which must end by itself."""
+    """Run a whole server that must refuse to start, and return the finished process."""
     command = [sys.executable, "-m", "server", "--bundle", str(bundle), "--port", "0", "--num-rows", "2", *flags]
     environment = {**os.environ, "TMPDIR": str(bundle.parent)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -1,7 +1,7 @@
-// The native step on small random models, for runs under sanitizers: all weights and rings, plain words and clusters,
-// several threads, rows and chunks. Says with its exit status whether decoding and reading gave the same bits.
+// Run the native step on small random models under sanitizers: all weights and rings, plain words and clusters,
+// several threads, rows and chunks. The exit status says whether decoding and reading gave the same bits.
 //
-//   native_check [variant ...]   numbers of `Variant`; those that this machine cannot run are passed over
+//   native_check [variant ...]   numbers of `Variant`; the program skips variants that this machine cannot run
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -53,7 +53,7 @@ Model* random_model(int variant, int weights, int rings, int clusters, int threa
     return model;
 }
 
-// Row 3's logits, token by token among many rows: must be those of the same tokens read in chunks.
+// Return row 3's logits, computed token by token among many rows: they must equal the logits of a read in chunks.
 bool same_bits(Model* model) {
     constexpr int COLUMNS = 64;  // 50 words, padded
     long bytes = allattn_row_bytes(model);

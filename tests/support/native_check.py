@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).with_suffix(".cpp")
 
 
 def compile_program(folder: Path, sanitizers: str) -> Path:
-    """The program with the whole step in it."""
+    """Compile the program, which contains the whole native step, and return its path."""
     compiler = find_compiler()
     flags = [*FLAGS, "-Werror", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{HERE}"]
     sources = [(HERE / f"{unit}.cpp", "", unit) for unit in UNITS] + [(PROGRAM, "", "program")]
@@ -32,7 +32,7 @@ def compile_program(folder: Path, sanitizers: str) -> Path:
 
 
 def main() -> None:
-    """Each group of sanitizers after the other; the first that finds something ends it."""
+    """Run each group of sanitizers in turn; stop at the first group that finds an error."""
     for sanitizers in sys.argv[1:] or ["address,undefined", "thread"]:
         with tempfile.TemporaryDirectory() as scratch:
             program = compile_program(Path(scratch), sanitizers)

@@ -1,4 +1,4 @@
-"""What the tests of the native step run: the small bundles, and a network whose heads fill whole tiles and chunks."""
+"""Models for the tests of the native step: the small bundles, and a network whose heads fill whole tiles and chunks."""
 
 from functools import cache
 
@@ -16,7 +16,7 @@ VOCAB = 300
 
 @cache
 def tiled_network(empty_slots: str = "masked") -> AllAttentionLM:
-    """Two heads of 64: products with several groups of 64, chunks of more than 32 rows, scores beyond a block."""
+    """Return a network with two heads of size 64: its products have several groups of 64, its scores several blocks."""
     config = ModelConfig(
         vocab_size=VOCAB,
         num_layers=len(SPANS),
@@ -38,14 +38,14 @@ def tiled_network(empty_slots: str = "masked") -> AllAttentionLM:
 
 
 def native(network: AllAttentionLM, **choices) -> NativeLM:
-    """The network in the native step; see `NativeLM` for the choices."""
+    """Return the network as the native step runs it; see `NativeLM` for the choices."""
     tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     return NativeLM(network.config, tensors, **{"num_threads": 2, **choices})
 
 
 @cache
 def small_native(kind: str) -> NativeLM:
-    """A bundle of agreement_bundle, in float32."""
+    """Return a bundle of agreement_bundle in the native step, in float32."""
     return native(build_network(kind))
 
 

@@ -1,4 +1,4 @@
-"""Fake runners with an oddity, above all in how they start. The bundle is a folder."""
+"""Fake runners that fail, hang or send much, above all when they start. Their bundle is a folder."""
 
 import dataclasses
 import os
@@ -37,13 +37,13 @@ def hang_the_second_time(options: EngineOptions) -> FakeRunner:
 
 
 def _count_starts(marks: Path) -> int:
-    """This one included."""
+    """Return the number of starts so far, with the present start."""
     (marks / str(os.getpid())).touch()
     return len(list(marks.iterdir()))
 
 
 class TalkativeRunner(FakeRunner):
-    """Has four megabytes to say about each scored token."""
+    """A runner that returns four megabytes for each scored token."""
 
     def extend(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
         return [self._with_shares(result) for result in super().extend(chunks)]

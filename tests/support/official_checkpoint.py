@@ -1,8 +1,8 @@
-"""Checkpoints in the layout of the paper's code with random weights, and that code's formulas on them.
+"""Checkpoints with random weights in the layout of the paper's code, and the formulas of that code.
 
-Written from the names, shapes and equations of github.com/facebookresearch/adaptive-span, not with the importer: what
-its checkpoints mean is stated here a second time, one element at a time, through tests/oracle.py. Positions before the
-stream began are zero vectors, as there.
+Written from the names, shapes and equations of github.com/facebookresearch/adaptive-span, not from the importer. This
+file states the meaning of its checkpoints a second time, element by element, through tests/oracle.py. As in that code,
+positions before the begin of the stream are zero vectors.
 
 Sizes: V symbols, E width, H heads, D head size, N persistent vectors, L maximum span, T tokens.
 """
@@ -28,7 +28,7 @@ State = dict[str, Tensor]
 
 
 def plain_state(num_symbols: int, *, spans: bool = True) -> State:
-    """The weights of a model for characters, without "module." before the names."""
+    """Return the weights of a model for characters, without "module." before the names."""
     torch.manual_seed(5)
     return {
         "in_emb.weight": torch.randn(num_symbols, WIDTH),
@@ -38,7 +38,7 @@ def plain_state(num_symbols: int, *, spans: bool = True) -> State:
 
 
 def adaptive_state(sizes: Sequence[int], *, div: int = 2, tied_projections: bool = True) -> State:
-    """The weights of a model for words, whose clusters have `sizes` words."""
+    """Return the weights of a model for words, whose clusters have `sizes` words."""
     torch.manual_seed(6)
     further = len(sizes) - 1
     state = {
@@ -56,7 +56,7 @@ def adaptive_state(sizes: Sequence[int], *, div: int = 2, tied_projections: bool
 
 
 def checkpoint(state: State, *, prefix: str = "module.") -> dict[str, Any]:
-    """All that the code saves, as after one update of Adam."""
+    """Return everything that the official code saves, as it is after one update of Adam."""
     moments = {i: {"step": 1, "exp_avg": torch.randn(3)} for i in range(2)}
     return {
         "iter_no": 7,
@@ -68,14 +68,14 @@ def checkpoint(state: State, *, prefix: str = "module.") -> dict[str, Any]:
 
 
 def official_logits(state: State, tokens: Sequence[int]) -> oracle.Array:
-    """What the official model with plain embeddings gives for the next symbol after each of `tokens`, [T, V]."""
+    """Return the official model's logits for the symbol after each of `tokens`, with plain embeddings, [T, V]."""
     named = _numpy(state)
     hidden = _hidden(named, np.stack([named["in_emb.weight"][token] for token in tokens]))
     return np.stack([named["out_emb.weight"] @ row + named["out_emb.bias"] for row in hidden])
 
 
 def official_logprobs(state: State, tokens: Sequence[int]) -> oracle.Array:
-    """The same for adaptive embeddings, as log-probabilities."""
+    """Return the log-probabilities for the symbol after each of `tokens`, with adaptive embeddings, [T, V]."""
     named = _numpy(state)
     num_clusters = sum(name.startswith("in_emb.emb_layers.") for name in named)
     words = [(i, j) for i in range(num_clusters) for j in range(len(named[f"in_emb.emb_layers.{i}.weight"]))]
@@ -96,14 +96,14 @@ def official_logprobs(state: State, tokens: Sequence[int]) -> oracle.Array:
 
 
 def saved(folder: Path, state: State, *, prefix: str = "module.", legacy: bool = False) -> Path:
-    """The file that the code writes with these weights."""
+    """Write the file that the official code writes for these weights, and return its path."""
     path = folder / "official.pt"
     torch.save(checkpoint(state, prefix=prefix), path, _use_new_zipfile_serialization=not legacy)
     return path
 
 
 def imported(folder: Path, path: Path, vocab: str, *flags: str) -> Bundle:
-    """The bundle from the checkpoint at `path` and a train.txt that reads `vocab`, or "bytes"."""
+    """Import the checkpoint at `path` and return the bundle. `vocab`: the text of train.txt, or "bytes"."""
     if vocab != "bytes":
         (folder / "train.txt").write_text(vocab, encoding="utf-8", newline="")
         vocab = str(folder / "train.txt")
@@ -113,7 +113,7 @@ def imported(folder: Path, path: Path, vocab: str, *flags: str) -> Bundle:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """What an import that fails says."""
+    """Return the message of an import that must fail."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     told = capsys.readouterr()
@@ -124,14 +124,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def refused_state(folder: Path, capsys: pytest.CaptureFixture[str], state: State) -> str:
-    """What the import of these weights says, which fails."""
+    """Return the message of an import of these weights, which must fail."""
     told = refusal(capsys, saved(folder, state), folder / "bundle", "--vocab", "bytes")
     assert not (folder / "bundle").exists()
     return told
 
 
 def _body(*, spans: bool) -> State:
-    """Everything but the embeddings."""
+    """Return all weights but the embeddings."""
     state = {"key_pe": torch.randn(1, HEAD, SPAN)}
     for i in range(LAYERS):
         attention = f"layers.{i}.attn.attn."
@@ -150,9 +150,9 @@ def _body(*, spans: bool) -> State:
 
 
 def _hidden(named: dict[str, oracle.Array], hidden: oracle.Array) -> oracle.Array:
-    """[T, E] -> [T, E] through all layers."""
+    """Return the output of all layers, [T, E], for the embeddings [T, E]."""
     position = np.empty((HEAD, SPAN))
-    for d in range(1, SPAN + 1):  # the query at place SPAN + t meets column l at place t + l
+    for d in range(1, SPAN + 1):  # the query at position SPAN + t reads column l at position t + l
         position[:, d - 1] = named["key_pe"][0, :, SPAN - d]
     for i in range(LAYERS):
         attention = f"layers.{i}.attn."

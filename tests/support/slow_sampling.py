@@ -1,6 +1,6 @@
-"""What a drawn token must be, by the words of the documentation: plain loops over one line in float64.
+"""The reference for draws, written from the documentation: plain loops over one row of logits in float64.
 
-Knows nothing of model/ but its noise. `draw_lines` gives lines of a batch to the code under test in the same words.
+It imports only the noise from model/. `draw_lines` gives the same cases, as a batch, to the code under test.
 """
 
 import math
@@ -14,12 +14,12 @@ from model.sampling.draw import Draws, draw, uniform_noise
 from model.sampling.params import SamplingParams
 from model.sampling.penalties import History
 
-CLOSE = 1e-5  # how near to an edge the fp32 and the float64 computation may part
+CLOSE = 1e-5  # relative distance from a threshold within which fp32 and float64 may decide differently
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a batch: how it is drawn, and where."""
+    """One line of a batch: its sampling parameters, position, and tokens so far."""
 
     sampling: SamplingParams
     position: int = 0
@@ -48,24 +48,24 @@ def draw_lines(logits, lines):
 
 
 def draw_many(logits, count, **parameters):
-    """Tokens of `count` lines with the same logits and seeds 0, 1, ..."""
+    """Return the tokens of `count` lines with the same logits and seeds 0, 1, ..."""
     lines = [Line(SamplingParams(seed=seed, **parameters), position=5) for seed in range(count)]
     return draw_lines(torch.as_tensor(logits)[None].repeat(count, 1), lines).tokens.numpy()
 
 
 class NearAnEdgeError(Exception):
-    """The reference cannot say what fp32 does."""
+    """The logits are too near a threshold: fp32 may decide either way."""
 
 
 def clear(left, right):
-    """left >= right, unless too near to tell."""
+    """Return left >= right; raise NearAnEdgeError if they are nearly equal but not equal."""
     if left != right and abs(left - right) < CLOSE * max(1.0, abs(right)):
         raise NearAnEdgeError
     return left >= right
 
 
 def slow_scores(logits, line):
-    """Logits to choose by, token for token."""
+    """Return the logits after penalties, bias and min_new_tokens, one token at a time."""
     sampling, scores = line.sampling, [float(x) for x in logits]
     for token in set(line.prompt + line.output):
         penalty = sampling.repetition_penalty
@@ -81,7 +81,7 @@ def slow_scores(logits, line):
 
 
 def prefix(order, weights, share):
-    """The first tokens of an order that together have a share of all weights."""
+    """Return the first tokens of an order whose weights add up to a share of all weights."""
     kept, mass = [], 0.0
     for token in order:
         kept.append(token)
@@ -92,7 +92,7 @@ def prefix(order, weights, share):
 
 
 def slow_distribution(scores, sampling):
-    """The tokens that are left and their probabilities, {token: p}, by the words of the documentation."""
+    """Return the tokens that the filters keep and their probabilities, {token: p}, as the documentation says."""
     highest = max(scores)
     left = {i: math.exp((x - highest) / sampling.temperature) for i, x in enumerate(scores) if x > -math.inf}
     total = sum(left.values())
@@ -117,7 +117,7 @@ def slow_distribution(scores, sampling):
 
 
 def slow_draw(logits, line):
-    """The token, by a sum over tokens until the uniform number is passed."""
+    """Return the token at which the sum of probabilities exceeds the uniform number; if greedy, the best token."""
     scores, sampling = slow_scores(logits, line), line.sampling
     if sampling.temperature == 0:
         ordered = sorted(scores)

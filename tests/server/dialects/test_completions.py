@@ -1,4 +1,4 @@
-"""POST /v1/completions over a fake engine: what is sent to it, and what of its answers is told, in OpenAI's words."""
+"""Tests of POST /v1/completions over a fake engine: the messages to the engine, and the answers in OpenAI's format."""
 
 import asyncio
 import logging
@@ -129,7 +129,7 @@ async def test_the_choices_of_the_first_prompt_come_first_and_each_has_a_seed_of
 
 async def test_the_best_of_several_are_returned_and_all_are_counted():
     reply = await complete(prompt="a", n=1, best_of=3, max_tokens=3, temperature=1, seed=0)
-    assert [choice["text"] for choice in reply["choices"]] == ["The"]  # the fake engine likes the first one most
+    assert [choice["text"] for choice in reply["choices"]] == ["The"]  # its first sequence is the likeliest
     assert reply["usage"]["completion_tokens"] == 9
 
 

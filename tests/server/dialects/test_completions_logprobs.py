@@ -1,4 +1,4 @@
-"""What POST /v1/completions tells of tokens, and how its streams add up to its plain replies; over a fake engine."""
+"""Tests of the logprobs of POST /v1/completions: how streams add up to the plain replies; over a fake engine."""
 
 import asyncio
 import json
@@ -68,7 +68,7 @@ async def test_parts_of_a_character_have_names_of_their_own_and_offsets_within_t
     assert lists["tokens"][:6] == ["bytes:\\xc3", "bytes:\\xa9", *arrow, "x"]
     assert lists["text_offset"][:6] == [0, 0, 1, 1, 1, 2]
     assert text == "é→xThe café"
-    assert [len(top) for top in lists["top_logprobs"][1:]] == [3] * 14  # no two names are the same
+    assert [len(top) for top in lists["top_logprobs"][1:]] == [3] * 14  # no two tokens have the same name
     for name, offset in zip(lists["tokens"], lists["text_offset"], strict=True):
         assert name.startswith("bytes:") or text[offset] == name
 
@@ -123,7 +123,7 @@ async def test_without_include_usage_no_event_has_any():
 
 
 async def test_a_stream_that_is_cut_off_gives_all_of_its_text():
-    link = make_link(hang_after=8)  # within the é
+    link = make_link(hang_after=8)  # in the middle of the bytes of é
     async with make_client(link) as client:
         body = {"prompt": "a", "stream": True, "request_id": "mine", "temperature": 0}
         request = asyncio.create_task(client.post(PATH, json=body))
@@ -162,7 +162,7 @@ async def test_a_client_that_leaves_frees_every_row(streamed):
 
 
 class CancellingLink(FakeLink):
-    """Cancels the task that submits, so that nobody comes to wait for what lives then."""
+    """A link that cancels the task that submits, so that nothing waits for the new sequences."""
 
     def submit(self, message: Generate | Score) -> list[Stream]:
         task = asyncio.current_task()

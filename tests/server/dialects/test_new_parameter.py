@@ -1,4 +1,4 @@
-"""A new sampling parameter is written in two places: then the wire, --help, the form and the docs have it."""
+"""A new sampling parameter is written in two places, and then the wire, --help, the form and the docs have it."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def insert(path: Path, *, before: str, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the code with the parameter in its two places; the tests come from the tree itself."""
+    """Return a copy of the code with the parameter in its two places; the tests come from the repository itself."""
     tree = tmp_path_factory.mktemp("tree")
     for package in ("model", "server", "allattn"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))

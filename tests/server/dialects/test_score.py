@@ -51,7 +51,7 @@ def ids_of(text: str) -> np.ndarray:
 
 
 def expected(tokens: np.ndarray) -> dict[str, Any]:
-    """To the last bit, for the log-probabilities of the fake are quarters."""
+    """Return the figures that /score must give; they are exact, since the fake's log-probabilities are quarters."""
     figures = Figures.of(BytesTokenizer(), tokens.tolist(), fake_logprobs(tokens).tolist())
     return {name: None if getattr(figures, name) == math.inf else getattr(figures, name) for name in FIGURES}
 
@@ -61,7 +61,7 @@ def figures_in(reply: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(link: Any, tokens: np.ndarray, *, context: str = "") -> Scoring:
-    """A live sequence without HTTP around it."""
+    """Return a live sequence without HTTP around it."""
     service = Service(Settings(), bundle=make_bundle(), link=link)
     document = Document(ids_of(context), (tokens,))
     num_scored = len(tokens) if context else len(tokens) - 1
@@ -86,7 +86,7 @@ async def test_a_document_is_scored_in_the_units_of_the_shared_function(chunk):
 @given(st.lists(st.integers(1, 5)), st.text(" \n\tab\x0b\x1cé→", max_size=30))
 def test_sums_over_stretches_are_the_sums_over_the_whole(sizes, text):
     tally, tokens = RunningFigures(BytesTokenizer()), ids_of(text)
-    for part in np.split(tokens, np.cumsum(sizes)):  # stretches begin and end within characters too
+    for part in np.split(tokens, np.cumsum(sizes)):  # parts begin and end within characters too
         tally.add(part.tolist(), fake_logprobs(part).tolist())
     assert {name: getattr(tally.score, name) for name in FIGURES} == expected(tokens)
 

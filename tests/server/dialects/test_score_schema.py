@@ -62,7 +62,7 @@ def test_a_wrong_field_is_named(body, param):
         ({"inputs": "", "continuations": ["a"]}, "inputs"),
         ({"inputs": [[97], [256]], "continuations": [["a"], ["b"]]}, "inputs.1.0"),
         ({"inputs": "a", "prefix": 256}, "prefix"),
-        ({"inputs": "a", "continuations": ["b"] * 1000}, "continuations"),  # more than the server holds
+        ({"inputs": "a", "continuations": ["b"] * 1000}, "continuations"),  # more continuations than the server holds
     ],
 )
 @pytest.mark.anyio

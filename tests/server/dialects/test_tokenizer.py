@@ -109,7 +109,7 @@ def test_a_tokenizer_with_an_end_begins_and_ends_texts_with_it(name, text):
     special = SpecialTokens.of(tokenizer)
     assert special.bos == special.eos
     assert (special.eos.text, special.eos.id) == (text, tokenizer.eos_id)
-    assert special.encode("a" + text) is None  # within a text it cannot be typed
+    assert special.encode("a" + text) is None  # the special token cannot be written inside a text
 
 
 async def test_the_id_of_an_end_is_found_by_its_text_and_it_is_typed_in_no_other():

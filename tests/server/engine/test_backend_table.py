@@ -1,4 +1,4 @@
-"""A row of the table of backends is all that a server needs to know of a backend."""
+"""A row in the table of backends is all that a server needs to know about a backend."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ KIND = Backend("kind", runs="artefact", loader="nowhere:load")
 
 @pytest.fixture
 def in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Python imports sitecustomize at its start: here it adds the row, in the API process and in the engine process."""
+    """Add the row in the API process and in the engine process: Python imports sitecustomize when it starts."""
     (tmp_path / "sitecustomize.py").write_text(
         f"from model.backends import BACKENDS, Backend\nrow = {DUMMY!r}\nBACKENDS[row.name] = row\n"
     )

@@ -1,4 +1,4 @@
-"""One model on every backend behind whole servers: equal answers, what each tells of itself, how it starts again."""
+"""Tests of whole servers, the same model on every backend: equal answers, descriptions of the backend, restarts."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from tests.support.artefacts import EACH_BACKEND, artefact_of, named_backend, se
 
 ROOT = Path(__file__).parents[3]
 NUM_ROWS = 4
-BOUND = 1e-4  # of a log-probability
+BOUND = 1e-4  # largest allowed difference of two log-probabilities
 PINNED = "OMP_PROC_BIND"  # tells OpenMP to keep each thread to a core
 DRAWN = {"temperature": 0.9, "seed": 5, "max_new_tokens": 40, "details": True}
 PENALISED = {
@@ -43,7 +43,7 @@ CHOICES = [" so it was", " and is not over yet", " ", "é", " Some years ago - n
 
 @dataclass(frozen=True)
 class Server:
-    """A running one."""
+    """A server that runs, with a client for it."""
 
     client: httpx.Client
     banner: str
@@ -58,7 +58,7 @@ class Server:
 
     @property
     def engine(self) -> Path:
-        """What the kernel tells of the engine process."""
+        """Return the folder of the engine process in /proc."""
         return Path("/proc", str(self.get("/health")["engine"]["pid"]))
 
 
@@ -138,7 +138,7 @@ def test_a_request_has_the_same_answer_on_every_backend(torch_server, other_serv
 
 
 def assert_alike(found: Any, expected: Any, *, place: str = "answer") -> None:
-    """Equal but for rounding in numbers with a fraction; clocks and fingerprints are no matter."""
+    """Assert that two answers are equal but for rounding in fractions; clocks and fingerprints may differ."""
     assert type(found) is type(expected), place
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), place
@@ -230,7 +230,7 @@ def becomes_true(condition: Callable[[], bool]) -> None:
 
 
 def test_threads_are_pinned_but_for_backends_with_threads_of_their_own(torch_server, other_server, other):
-    """A thread that such a backend makes inherits the cores of its maker, which would be one."""
+    """A thread that such a backend starts inherits the cores of its parent thread: one core if the parent is pinned."""
     for server, is_pinned in ((torch_server, True), (other_server, not BACKENDS[other].has_own_threads)):
         assert (f"{PINNED}=true" in (server.engine / "environ").read_text()) is is_pinned
 
@@ -263,7 +263,7 @@ def test_each_session_of_onnx_runtime_has_one_worker_less_than_threads(num_threa
 
     folder, before = served_folder("masked", "onnx"), torch.get_num_threads()
     try:
-        runners = [load()]  # with what any first session starts
+        runners = [load()]  # the first session also starts threads that stay
         count = len(cores_of_threads(Path("/proc/self")))
         runners.append(load())
         assert len(cores_of_threads(Path("/proc/self"))) - count == (num_threads - 1) * len(GRAPHS)

@@ -1,6 +1,6 @@
-"""Over HTTP: who else is in the batch changes no bit of an answer (CPU).
+"""Tests over HTTP that the other requests in the batch change no bit of an answer (on the CPU).
 
-The model that ships on each backend in float32, and a small one with weights of 8 bits.
+They run the model that ships on each backend in float32, and a small model with weights of 8 bits.
 """
 
 import json
@@ -18,7 +18,7 @@ from training.corpus import SHAKESPEARE
 NUM_ROWS = 8
 TEXT = SHAKESPEARE.read_text()
 ASKED = {
-    "inputs": TEXT[5000:5600],  # several chunks, the last one cut
+    "inputs": TEXT[5000:5600],  # several chunks, of which the last is shorter
     "parameters": {
         "temperature": 0.9,
         "top_p": 0.95,
@@ -45,13 +45,13 @@ def client(request) -> Iterator[httpx.Client]:
 
 
 def figures(reply: dict[str, Any]) -> dict[str, Any]:
-    """All of an answer but what the clock makes of it."""
+    """Return all fields of a reply that do not depend on the clock."""
     details = {name: value for name, value in reply["details"].items() if name != "timings"}
     return {"generated_text": reply["generated_text"], **details}
 
 
 def neighbour(client: httpx.Client, number: int) -> int:
-    """Another request, of another kind and length each time."""
+    """Send request number `number`; each has another kind and length. Return its HTTP status."""
     if number % 4 == 3:
         body: dict[str, Any] = {"inputs": TEXT[number * 1000 :][: 200 + 900 * number], "return": ["top"]}
         return client.post("/score", json=body).status_code

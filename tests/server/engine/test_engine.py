@@ -1,4 +1,4 @@
-"""The engine over a fake runner: each row is fed its own tokens in order, and every sequence ends exactly once."""
+"""Tests of the engine over a fake runner: each row reads its own tokens in order; every sequence ends exactly once."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def continuation(tokens, length):
 
 
 class Log:
-    """All that an engine said, sorted by sequence."""
+    """All results of an engine's steps, sorted by sequence."""
 
     def __init__(self):
         self.tokens, self.scores, self.ended = {}, {}, {}
@@ -188,7 +188,7 @@ def test_deadlines_of_what_has_ended_are_forgotten():
 
 
 def test_reading_takes_no_longer_than_the_generating_can_bear():
-    """Each token read takes 1 ms here: with 10 ms to spend, a step reads 10 of the 64 tokens it may."""
+    """Each token read takes 1 ms here: in a budget of 10 ms, a step reads 10 of the 64 tokens that it may read."""
     now = 0.0
 
     class Slow(FakeRunner):
@@ -203,7 +203,7 @@ def test_reading_takes_no_longer_than_the_generating_can_bear():
     for name in range(3):
         engine.submit(Score(str(name), packed([9] * 300)))
     sizes = [engine.step().num_prefilled for _ in range(20)]
-    assert max(sizes) == 6  # three rows with a chunk each: a row reads one chunk a step
+    assert max(sizes) == 6  # three rows, each with one chunk: a row reads at most one chunk in a step
     engine = Engine(Slow(8), EngineOptions(chunk_tokens=2, budget_tokens=64, prefill_ms=5), clock=lambda: now)
     engine.submit(generate("fast", [1], max_new_tokens=200))
     engine.step()

@@ -1,4 +1,4 @@
-"""The scheduler alone, in milliseconds: rows, turns, budgets."""
+"""Tests of the scheduler alone, in milliseconds: rows, turns, budgets."""
 
 import numpy as np
 import pytest
@@ -148,7 +148,7 @@ def test_a_row_that_is_lost_is_noticed_when_nobody_lives():
     budgets=st.lists(st.integers(0, 50), min_size=1),
 )
 def test_every_prompt_is_read_in_chunks_that_depend_on_nothing_but_itself(lengths, num_rows, chunk, budgets):
-    """Whoever else reads, and whatever the budget: the first chunks are whole, only the last one is cut."""
+    """Whatever the other prompts and the budget are, all chunks of a prompt but the last have the full size."""
     own = scheduler(num_rows=num_rows, chunk_tokens=chunk)
     for name, length in enumerate(lengths):
         own.add(prompt(str(name), length))

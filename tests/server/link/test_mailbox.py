@@ -1,4 +1,4 @@
-"""The mailbox of one sequence."""
+"""Tests of the mailbox that holds a sequence's messages."""
 
 import asyncio
 
@@ -54,8 +54,8 @@ async def test_tokens_are_poured_in_the_turn_in_which_they_come():
         assert stream.put(Token("a", number, 0.0))
     assert poured == [1, 2]
     assert not pouring.done()
-    stream.put(Token("a", 3, 0.0))  # the sink does not take it
-    stream.put(Token("a", 4, 0.0))  # so this one must not overtake it
+    stream.put(Token("a", 3, 0.0))  # the sink refuses this token
+    stream.put(Token("a", 4, 0.0))  # so this token must not overtake it
     await pouring
     assert [message.token for message in await stream.take()] == [3, 4]
     assert poured == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""Engine processes that die, hang and are told to end: every stream ends once, and nothing is left behind."""
+"""Tests with engine processes that die, hang or are ended: every stream ends once, and no process or file is left."""
 
 import asyncio
 import json
@@ -72,7 +72,7 @@ async def test_an_engine_that_dies_is_replaced_and_every_stream_ends_once_with_a
     async with running(max_behind=10**9) as link:
         streams = [generate(link, "a", [1])]
         await anext(streams[0])
-        streams += [generate(link, "b", [token]), generate(link, "c", [1])]  # the last one waits for a row
+        streams += [generate(link, "b", [token]), generate(link, "c", [1])]  # the last stream waits for a row
         first_pid = link.ready.pid
         if why.endswith("-9"):
             os.kill(first_pid, signal.SIGKILL)
@@ -106,7 +106,7 @@ async def test_a_stopped_engine_is_noticed_once_there_is_work():
     async with running(heartbeat_timeout_s=0.4) as link:
         os.kill(link.ready.pid, signal.SIGSTOP)
         await asyncio.sleep(0.8)
-        assert link.state == "ready"  # nobody waits for it
+        assert link.state == "ready"  # no sequence waits for the engine
         assert "silent" in (await ending(generate(link, "a", [1]))).error
         await state(link, "ready")
         assert link.restarts == 1
@@ -211,7 +211,7 @@ async def test_closing_leaves_no_stream_and_no_process(grace_s):
         last = await ending(stream)
         assert last.finish_reason == "shutdown"
         if grace_s > 0:
-            assert last.timings.decode_ms > 0  # those are the engine's own words
+            assert last.timings.decode_ms > 0  # the engine process sent these times itself
         assert children() == []
 
 

@@ -1,4 +1,4 @@
-"""The link and a real engine process over a fake runner: what goes through, and whom it reaches."""
+"""Tests of the link with a real engine process over a fake runner: which messages arrive, and in which stream."""
 
 from collections.abc import Iterator
 
@@ -80,7 +80,7 @@ async def test_a_cancelled_sequence_ends_and_its_row_is_free():
         link.cancel("a")
         assert (await ending(first)).finish_reason == "cancelled"
         assert (await ending(second)).finish_reason == "length"
-        link.cancel("a")  # long over
+        link.cancel("a")  # the sequence ended long ago
         assert (link.rows_used, link.num_waiting, link.state) == (0, 0, "ready")
 
 
@@ -100,13 +100,13 @@ async def test_each_step_is_told_to_whoever_counts_them():
         link.on_step = steps.append
         await ending(generate(link, "a", [1, 2, 3], max_new_tokens=4))
     assert sum(step.num_prefilled for step in steps) == 3
-    assert sum(step.num_decoded for step in steps) == 3  # the prompt's last chunk drew the first of the four
+    assert sum(step.num_decoded for step in steps) == 3  # the prompt's last chunk drew the first of four
 
 
 async def test_a_client_that_does_not_read_is_cut_off_and_its_row_freed():
     async with running(num_rows=1, max_behind=50) as link:
         slow, next_one = generate(link, "a", [1]), generate(link, "b", [1], max_new_tokens=5)
-        assert (await ending(next_one)).finish_reason == "length"  # which had to wait for the row
+        assert (await ending(next_one)).finish_reason == "length"  # this sequence had to wait for the row
         (last,) = await collect(slow)
         assert (last.finish_reason, last.error) == ("error", "the client reads too slowly: 50 events were unread")
 

@@ -1,4 +1,4 @@
-"""What a client gets from Ray Serve's proxy where a replica is gone; the proxy is a few lines here."""
+"""Tests of the answer that Ray Serve's proxy gives when a replica is gone; a few lines here stand for the proxy."""
 
 import json
 
@@ -15,7 +15,7 @@ EVENT = b'data: {"index":1}\n\n'
 
 
 async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
-    """Hands on what the path says of an answer, and returns, as Ray Serve's does where the replica has died."""
+    """Send the part of an answer that the path asks for and return, as Ray Serve's proxy does for a dead replica."""
     head, _, rest = scope["path"].strip("/").partition("/")
     if head == "nothing":
         return

@@ -1,6 +1,6 @@
-"""Two replicas under Ray Serve on this machine: streams, clients that leave, and a replica that is killed under load.
+"""Tests of two replicas under Ray Serve on this machine: streams, clients that leave, a replica killed under load.
 
-Ray listens on every interface, so these tests run only where there is no interface but the loopback: `make test-ray`.
+Ray listens on every interface, so these tests run only where the loopback is the only interface: `make test-ray`.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 URL = "http://127.0.0.1:8000"
-LONG = 400  # tokens, seconds for eight streams
+LONG = 400  # tokens; eight streams of this length take seconds
 BODY = {"inputs": "It was", "stream": True, "parameters": {"ignore_eos": True, "max_new_tokens": LONG}}
 
 
@@ -34,14 +34,14 @@ pytestmark = [
     pytest.mark.anyio,
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(600),  # two replicas start, and later a third one
+    pytest.mark.timeout(600),  # two replicas start, and a third one later
     pytest.mark.skipif(find_spec("ray") is None or not only_loopback(), reason="run by `make test-ray`"),
 ]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """`serve run` with two replicas; gives the file of its output."""
+    """Run `serve run` with two replicas; give the file of its output."""
     output = tmp_path_factory.mktemp("ray") / "output"
     environment = {
         **os.environ,
@@ -70,13 +70,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def running(name: str) -> list[int]:
-    """Processes of this network namespace, which is ours alone, by a word of their command line."""
+    """Return the pids in this network namespace, which only this test uses, whose command line has the word `name`."""
     ours, found = Path("/proc/self/ns/net").readlink(), []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if name in (path / "cmdline").read_text() and (path / "ns/net").readlink() == ours:
                 found.append(int(path.name))
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             pass
     return found
 
@@ -86,7 +86,7 @@ def parent(pid: int) -> int:
 
 
 async def health_of_all(client: httpx.AsyncClient) -> dict[int, dict[str, Any]]:
-    """Of each replica, by the pid of its engine: any of them answers, so many are asked."""
+    """Return the health of each replica by the pid of its engine; ask many times, since any replica may answer."""
     replies = await asyncio.gather(*(client.get("/health") for _ in range(16)))
     return {reply.json()["engine"]["pid"]: reply.json() for reply in replies if reply.status_code == 200}
 
@@ -98,7 +98,7 @@ async def until(condition: Callable[[], Awaitable[bool]], *, within_s: float) ->
 
 
 async def stream(client: httpx.AsyncClient, *, begun: list[str]) -> list[dict[str, Any]]:
-    """All events of a long stream, or the error in their place; its id is in `begun` once it has begun."""
+    """Return all events of a long stream, or the error in their place; add the stream's id to `begun` at its begin."""
     events: list[dict[str, Any]] = []
     async with client.stream("POST", "/generate", json=BODY) as reply:
         if reply.status_code == 503:
@@ -167,7 +167,7 @@ async def test_clients_that_leave_free_their_rows(cluster):
 
         await until(all_free, within_s=5)
 
-    async def all_logged() -> bool:  # by way of Ray
+    async def all_logged() -> bool:  # the lines of the log pass through Ray
         return cluster.read_text().count('"status": 499') >= 12
 
     await until(all_logged, within_s=20)

@@ -1,4 +1,4 @@
-"""Spans of requests to the application over a fake engine, kept in memory."""
+"""Tests of the spans of requests to the application over a fake engine; spans are kept in memory."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ BODY = {"inputs": SECRET, "parameters": {"max_new_tokens": 4}}
 
 
 class Traced:
-    """The application over a fake engine, and the spans that have ended."""
+    """The application over a fake engine, with the spans that have ended."""
 
     def __init__(self, link: FakeLink | None = None) -> None:
         self._exporter = InMemorySpanExporter()
@@ -61,7 +61,7 @@ class Traced:
 
     @property
     def span(self) -> ReadableSpan:
-        """The only one of a request."""
+        """Return the only span of a request."""
         (span,) = [span for span in self.spans if span.kind == SpanKind.SERVER]
         return span
 

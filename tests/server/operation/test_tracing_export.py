@@ -1,4 +1,4 @@
-"""When requests are traced, and how spans reach a collector, from an application and from a whole server."""
+"""Tests of when requests are traced, and of how an application and a whole server send spans to a collector."""
 
 import logging
 import os
@@ -86,7 +86,7 @@ def test_where_it_is_off_nothing_of_it_is_imported():
 
 
 def test_frameworks_do_not_trace_on_their_own():
-    """FastAPI would, where a provider is set for the whole process."""
+    """FastAPI traces on its own if the process has a tracer provider."""
     code = """
 import asyncio, httpx
 from opentelemetry import trace
@@ -114,14 +114,14 @@ def test_a_collector_without_the_extra_is_one_line_and_status_2():
 
 def test_the_server_starts_without_the_extra_where_no_collector_is_named(tmp_path):
     done = python(f"{WITHOUT_EXTRA}; sys.exit(main(['--bundle', {str(tmp_path / 'nowhere')!r}]))")
-    assert done.returncode == 1  # it came as far as the bundle
+    assert done.returncode == 1  # the server went on until it found no bundle
     assert "nowhere" in done.stderr
 
 
 async def test_a_collector_that_hangs_holds_up_neither_requests_nor_the_end(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # or its thread would be there for the tests to come
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # else its thread would live on in later tests
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
         monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "4")
         monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")
@@ -142,7 +142,7 @@ async def test_a_collector_that_hangs_holds_up_neither_requests_nor_the_end(monk
 
 @contextmanager
 def collector() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Its URL, and the resource spans that it was sent, as dicts."""
+    """Give the URL of a collector, and the resource spans that it has received, as dicts."""
     received: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -172,7 +172,7 @@ def collector() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_a_server_sends_its_spans_to_the_collector_the_last_ones_when_it_ends(monkeypatch):
     with collector() as (address, received):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")  # none is sent before the end
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")  # the server sends no span before its end
         monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
         with live_server(ROOT / "bundles/default", "--num-rows", "2") as url:
             before = time.time_ns()

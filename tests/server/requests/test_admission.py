@@ -1,4 +1,4 @@
-"""How much may wait, and when to come back, by a clock of the test's own."""
+"""Tests of how much work may wait, and when a refused client should come back; the clock is the test's own."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from server.requests.admission import FIRST_GUESS_S, LONGEST_WAIT_S, Admission
 
 
 class Hall:
-    """An Admission, and what it is told."""
+    """An Admission, and the engine's reports that it reads."""
 
     def __init__(self, *, max_sequences: int = 10, max_tokens: int = 1000) -> None:
         self.now = 100.0
@@ -48,12 +48,12 @@ def test_tokens_that_wait_are_bounded_but_a_lone_request_is_always_served():
 
 
 def test_tokens_count_before_the_engine_has_told_of_them():
-    """A burst comes between two of its words: what is admitted first must count for what comes next."""
+    """A burst comes between two reports of the engine: each admitted request must count for the next request."""
     hall = Hall()
     hall.admission.check(1, num_tokens=900)
     hall.admission.enter(1, num_tokens=900)
     assert "900 prompt tokens wait" in hall.refusal(num_tokens=101).message
-    hall.admission.hear()  # it may have spoken before it heard of them
+    hall.admission.hear()  # the engine may have written this report before it received the requests
     assert "900 prompt tokens wait" in hall.refusal(num_tokens=101).message
     hall.admission.hear()
     hall.admission.check(1, num_tokens=900)
@@ -63,7 +63,7 @@ def test_when_to_come_back_is_what_the_last_endings_tell():
     hall = Hall()
     hall.admission.enter(10, num_tokens=1)
     assert hall.refusal().retry_after_s == FIRST_GUESS_S
-    for _ in range(5):  # one ends each half second
+    for _ in range(5):  # a sequence ends every half second
         hall.now += 0.5
         hall.admission.leave()
         hall.admission.enter(1, num_tokens=1)

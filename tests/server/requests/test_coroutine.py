@@ -1,4 +1,4 @@
-"""Coroutines that are begun outside of a task, and what is left of them."""
+"""Tests of coroutines that begin outside a task and are finished or closed later."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Door:
-    """A coroutine's path through two doors."""
+    """A coroutine that waits for two events in turn, and a record of how far it came."""
 
     def __init__(self) -> None:
         self.opened = asyncio.Event()
@@ -45,7 +45,7 @@ async def test_one_that_has_to_wait_goes_on_in_the_task_that_awaits_the_rest(lat
     assert rest is not None
     assert door.steps == ["begun"]
     if late:
-        door.opened.set()  # before anybody awaits the rest
+        door.opened.set()  # before anything awaits the rest of the coroutine
         await asyncio.sleep(0)
     else:
         asyncio.get_running_loop().call_later(0.005, door.opened.set)

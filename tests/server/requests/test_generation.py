@@ -1,4 +1,4 @@
-"""Several sequences of an input, details of its tokens, and endings that come from outside, over a fake engine."""
+"""Tests of several sequences for an input, details of tokens, and endings from outside, over a fake engine."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ async def generate(asked: dict[str, Any], *, link: FakeLink | None = None) -> An
 
 
 async def interrupted(asked: dict[str, Any], *, after: int, finish_reason: str) -> httpx.Response:
-    """The reply where the engine ends all sequences after so many tokens."""
+    """Return the reply to a request whose sequences the engine ends after `after` tokens."""
     link = make_link(hang_after=after)
     async with make_client(link) as client:
         request = asyncio.create_task(client.post("/generate", json=asked))
@@ -89,7 +89,7 @@ async def test_streams_of_one_input_are_numbered_where_there_are_several():
 
 
 class UnevenLink(FakeLink):
-    """Sequences of seed 3, 4, ... are ever more probable."""
+    """A fake engine that gives a higher probability to a sequence with a higher seed."""
 
     def submit(self, message: Any) -> Any:
         streams = super().submit(message)
@@ -154,7 +154,7 @@ async def test_details_of_the_prompt_split_no_character_and_the_first_token_has_
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_all_sequences_of_an_input_report_its_prompt_however_long(stream):
-    text = "0123456789" * 250  # several messages
+    text = "0123456789" * 250  # several messages from the engine
     answer = await generate(sampled(text, n=3, details=True, decoder_input_details=True, stream=stream))
     details = [entry["details"] for entry in answer if entry["details"]]
     assert len(details) == 3
@@ -248,11 +248,11 @@ async def test_the_root_answers_as_generate_does():
     assert (await post("/", body())).json() == await generate(body())
 
 
-# what is read at once
+# bursts of messages
 
 
 class BurstLink(FakeLink):
-    """All messages of a sequence arrive together, before anyone has come to read them."""
+    """A fake engine whose messages for a sequence all arrive together, before anything has read them."""
 
     def submit(self, message: Any) -> Any:
         streams = super().submit(message)
@@ -277,12 +277,12 @@ async def test_a_burst_gives_the_same_events_as_tokens_one_by_one(stop):
     expected = await generate(asked)
     burst = await generate(asked, link=BurstLink(list(SCRIPT.encode())))
     for event in (expected[-1], burst[-1]):
-        event["details"]["seed"] = 0  # drawn
+        event["details"]["seed"] = 0  # the seed is random
     assert burst == expected
 
 
 async def exchange(link: FakeLink, asked: dict[str, Any], *, stays: bool = True) -> list[bytes]:
-    """The parts of the answer, as the application sends them. The client may leave as soon as it has asked."""
+    """Return the parts of the answer as the application sends them. stays=False: the client leaves after asking."""
     sent: list[bytes] = []
     said = iter([{"type": "http.request", "body": json.dumps(asked).encode(), "more_body": False}])
 

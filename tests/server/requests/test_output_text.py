@@ -13,7 +13,7 @@ ALPHABET = "ab\u00e9\u20ac\U0001f600"
 
 
 class PieceTokenizer(BytesTokenizer):
-    """Token i stands for piece i, any bytes."""
+    """A tokenizer in which token i stands for piece i, which may be any bytes."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class PieceTokenizer(BytesTokenizer):
 
 
 def stream(pieces: list[bytes], stops: list[str], *, num_free: int = 0) -> tuple[list[str], str | None]:
-    """What each piece releases, the last entry being what `finish` does, and the stop string that ended it."""
+    """Return the text that each piece and then `finish` releases, and the stop string that ended the text."""
     output = OutputText(PieceTokenizer(pieces), stops=StopStrings(stops), num_free=num_free)
     released = []
     for token in range(len(pieces)):
@@ -35,7 +35,7 @@ def stream(pieces: list[bytes], stops: list[str], *, num_free: int = 0) -> tuple
 
 
 def slow_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The definition: the stop string completed first, the longest of those that end there."""
+    """Cut the text by the definition: at the stop string that ends first, of several that end there at the longest."""
     for end in range(1, len(text) + 1):
         ending_here = [stop for stop in stops if text[:end].endswith(stop)]
         if ending_here:
@@ -45,7 +45,7 @@ def slow_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 
 def slow_shown(text: str, stops: list[str]) -> str:
-    """The definition: the longest prefix that no stop string can still claim, whatever follows."""
+    """Return by the definition the longest prefix that no stop string can still cut, whatever text follows."""
     cut, matched = slow_cut(text, stops)
     if matched is not None:
         return cut

@@ -72,7 +72,7 @@ async def test_all_but_liveness_and_the_page_is_guarded():
         for path in OPEN_PATHS:
             assert (await client.get(path)).status_code == 200
             assert (await client.post(path)).status_code == 401
-        for path in ("/", "/playground/app.js"):  # of an application that has no such page
+        for path in ("/", "/playground/app.js"):  # an application without a playground
             assert (await client.get(path)).status_code == 404
             assert (await client.post(path)).status_code == 401
         for path in (

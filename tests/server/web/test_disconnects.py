@@ -1,4 +1,4 @@
-"""Clients of a real server, on each backend, that leave at any moment: afterwards no row is used, nobody waits."""
+"""Clients leave a real server, on each backend, at random moments: then no row is in use and no sequence waits."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 async def leave_early(port: int, rng: random.Random, number: int) -> None:
-    """One client: it asks for something long, and is gone after up to 150 ms."""
+    """Run one client, which asks for a long answer and leaves after up to 150 ms."""
     path, body = rng.choice(
         [
             ("/generate", {"inputs": "It was", "stream": True, "parameters": {"max_new_tokens": None}}),
@@ -39,7 +39,7 @@ async def leave_early(port: int, rng: random.Random, number: int) -> None:
     except TimeoutError:
         pass
     if rng.random() < 0.5:
-        writer.transport.abort()  # a reset, not an orderly end
+        writer.transport.abort()  # close with a reset, not in an orderly way
     writer.close()
 
 

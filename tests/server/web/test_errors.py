@@ -1,4 +1,4 @@
-"""Errors: when to come back, and the tree of them."""
+"""Tests of errors: when a client should come back, and the tree of error classes."""
 
 import re
 

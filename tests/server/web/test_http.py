@@ -127,7 +127,7 @@ async def test_a_sequence_the_engine_gives_up_is_an_error_plain_and_streamed():
 
 async def test_a_bug_is_a_500_with_a_body_and_a_request_id():
     link = make_link()
-    link.script = [999]  # no such token
+    link.script = [999]  # the vocabulary has no such token
     reply = await post("/generate", {"inputs": "a"}, link=link)
     assert check_error(reply, 500, code="internal")["message"].startswith("an unexpected error")
 
@@ -166,7 +166,7 @@ async def test_a_client_that_leaves_frees_the_row(path):
 @pytest.mark.parametrize("path", ["/generate", "/score"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_has_left_before_its_answer_begins_frees_its_rows(path, stream):
-    """No job of the request has run yet then, so none of them can be the one that gives the rows back."""
+    """No coroutine of the request has run yet, so none of them can give the rows back."""
     link = make_link(hang_after=1)
     app = create_app(settings=Settings(), bundle=make_bundle(), link=link)
     body = json.dumps({"inputs": ["aa", "bb"], "stream": stream}).encode()
@@ -279,7 +279,7 @@ async def test_every_error_of_an_endpoint_is_documented_with_an_example():
         assert (await client.get("/docs")).status_code == 200
     for path in ("/generate", "/generate_stream", "/score"):
         endpoint = document["paths"][path]["post"]
-        cancelled = {"499"} if path == "/score" else set()  # /generate answers with what there is
+        cancelled = {"499"} if path == "/score" else set()  # /generate answers with the text so far
         assert set(endpoint["responses"]) == {"200", "400", "408", "413", "422", "429", "500", "503"} | cancelled
         for response in endpoint["responses"].values():
             content = response["content"]["application/json"]

@@ -14,7 +14,7 @@ log = logging.getLogger("server.somewhere")
 
 
 class Lines(logging.Handler):
-    """What the log would be on standard error."""
+    """A log handler that keeps the lines that would be written to standard error."""
 
     def __init__(self) -> None:
         super().__init__()
