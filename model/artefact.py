@@ -1,7 +1,7 @@
-"""The artefact: a bundle's model as frozen graphs, in a folder that export writes and the server reads.
+"""The artefact: the folder that holds a bundle's model as frozen graphs. Export writes it, the server reads it.
 
-Beside a bundle's config.json, tokenizer.json and README.md it holds the graphs and manifest.json, which names every
-file with its size and sha256, every input and output, and where the slots of the rings lie. Knows no torch.
+It has config.json, tokenizer.json and README.md as a bundle has them, the graphs, and manifest.json, which lists every
+file with its size and sha256, every input and output, and the layout of the rings. Knows no torch.
 
 There are three graphs. Sizes: B rows, T new tokens, E width, V vocabulary, h heads of a group, S slots of its rings,
 H heads, D head size, n positions:
@@ -11,7 +11,7 @@ H heads, D head size, n positions:
                                                                 of each row, memory_share [B, T, layers], and new
     logits   hidden [n, E]                                   -> logits [n, V]
 
-They change nothing: the owner of the rings writes the keys and values of `new`.
+Graphs change nothing: the owner of the rings writes the keys and values of `new`.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from model.bundle import DESCRIPTION, Bundle, BundleError, open_description
 
 FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
-MODEL_HASH = "model_hash"  # under this name a graph says which model it is of
+MODEL_HASH = "model_hash"  # name of the metadata entry with the hash of the graph's model
 RING_LAYOUT = (
     "rings[l][g] is group g of layer l: inputs layer{l}.group{g}.key and .value, each [rows, num_heads, num_slots, "
     "head size]. The token at position p of a row lies in slot p % num_slots; lengths are tokens consumed, never "
@@ -50,7 +50,7 @@ class _Part(BaseModel):
 
 
 class FileFacts(_Part):
-    """Size and hash of a file."""
+    """The size and hash of a file."""
 
     num_bytes: int
     sha256: str
@@ -61,7 +61,7 @@ class TensorFacts(_Part):
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]  # a name stands for a size that may differ from call to call
+    shape: tuple[int | str, ...]  # a name stands for a size that may change from call to call
 
 
 class GraphFacts(_Part):
@@ -83,19 +83,19 @@ class Manifest(_Part):
     """manifest.json as a whole."""
 
     format: Literal[1]
-    kind: ArtefactKind  # the backend that runs it
-    weights: str  # how they are kept: float32, float16, int8, int4
-    dtype: Literal["float32", "float16"]  # of rings and hidden states
-    device: Literal["cpu", "cuda"] | None  # that its graphs were made on, and run on; None = any
-    model_hash: str  # sha256 of the weights of the bundle it was made from
-    opset: int | None  # of ONNX
-    versions: dict[str, str]  # of what wrote it
+    kind: ArtefactKind  # the backend that runs the artefact
+    weights: str  # number format of the weights: float32, float16, int8 or int4
+    dtype: Literal["float32", "float16"]  # number format of rings and hidden states
+    device: Literal["cpu", "cuda"] | None  # the device that its graphs were made on and run on; None = any
+    model_hash: str  # sha256 of the weights of the bundle
+    opset: int | None  # version of the ONNX operators; None = no ONNX artefact
+    versions: dict[str, str]  # versions of the packages that wrote the artefact
     graphs: dict[GraphName, GraphFacts]
     ring_layout: str
-    rings: tuple[tuple[RingFacts, ...], ...]  # for each layer its groups
-    spans: tuple[tuple[int, ...], ...]  # for each layer, the reach of each head in the order of training, in tokens
-    files: dict[str, FileFacts]  # all but this one
-    verified: dict[str, Any]  # what replay and scoring measured, against the bundle's own model
+    rings: tuple[tuple[RingFacts, ...], ...]  # groups of heads, by layer
+    spans: tuple[tuple[int, ...], ...]  # reach of each head in tokens, by layer; heads in the order of training
+    files: dict[str, FileFacts]  # all files but manifest.json
+    verified: dict[str, Any]  # results of replay and scoring beside the bundle's own model
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -108,14 +108,14 @@ class Manifest(_Part):
 
 @dataclass(frozen=True)
 class Artefact:
-    """A folder that passed the checks of `open_artefact`, or of `inspect_artefact`."""
+    """A folder that passed the checks of `open_artefact` or of `inspect_artefact`."""
 
     path: Path
     manifest: Manifest
-    bundle: Bundle  # the model's description; it has no weights
+    bundle: Bundle  # the model's description, without weights
 
     def check_model(self, file: Path, found: str) -> None:
-        """Raises ArtefactError if a graph says that it is of another model."""
+        """Check that a graph is of this model; `found` is the hash in its file. Raises ArtefactError if not."""
         if found != (expected := self.manifest.model_hash):
             raise ArtefactError(
                 f"{file} is a graph of the model {found or '(none named)'}, not of {expected}; {EXPORT_AGAIN}"
@@ -123,7 +123,7 @@ class Artefact:
 
 
 def is_artefact(path: str | Path) -> bool:
-    """Returns whether a folder has the manifest of an artefact."""
+    """Return whether a folder has the manifest of an artefact."""
     return (Path(path) / MANIFEST).exists()
 
 
@@ -132,7 +132,7 @@ def open_artefact(path: str | Path) -> Artefact:
 
     Raises:
         ArtefactError: a file is missing, cut short, changed, of another model or of another format.
-        BundleError: the description is not whole.
+        BundleError: config.json, tokenizer.json or README.md is wrong.
     """
     artefact = inspect_artefact(path)
     for name, facts in artefact.manifest.files.items():
@@ -144,7 +144,7 @@ def inspect_artefact(path: str | Path) -> Artefact:
     """Check an artefact without reading its graphs, and return it.
 
     Raises:
-        ArtefactError, BundleError: as `open_artefact`, except that a changed graph of unchanged size is not noticed.
+        ArtefactError, BundleError: as for `open_artefact`, but a graph that changed and kept its size passes.
     """
     folder = Path(path)
     manifest = _read_manifest(folder)
@@ -162,7 +162,7 @@ def inspect_artefact(path: str | Path) -> Artefact:
 
 
 def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> Manifest:
-    """Write a manifest.json that lists all other files of the folder; `facts` are the other fields of `Manifest`."""
+    """Write manifest.json, which lists all other files of the folder; `facts` are the other fields of `Manifest`."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.name != MANIFEST)
     files = {name: describe_file(folder / name) for name in names}
     manifest = Manifest(format=FORMAT, ring_layout=RING_LAYOUT, files=files, **facts)
@@ -171,7 +171,7 @@ def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> Manifest:
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises ArtefactError unless the target is missing, an empty folder, or an artefact without any other file."""
+    """Check that the target is missing, empty, or an artefact and nothing more. Raises ArtefactError if it is not."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -188,7 +188,7 @@ def check_replaceable(target: Path) -> None:
 
 
 def describe_file(file: Path) -> FileFacts:
-    """Returns size and hash of a file."""
+    """Return the size and hash of a file."""
     digest = hashlib.sha256()
     for block in _blocks(file):
         digest.update(block)

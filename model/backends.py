@@ -1,7 +1,7 @@
-"""The table of backends, which compute models, and the options of loading a model. Loads no torch.
+"""The table of backends, which compute models, and the options of loading a model. Imports no torch.
 
-A new backend is a row of this table, the file that the row names and the tests of that file. The choices of --backend,
-the kinds of artefacts, the loader and the checks of settings are derived from the table.
+To add a backend, write a row of this table, the file that the row names, and tests of that file. The choices of
+--backend, the kinds of artefacts, the loader and the checks of settings follow from the table.
 """
 
 import importlib
@@ -17,24 +17,24 @@ AUTO: Final = "auto"
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute a model: a row of the table."""
+    """A backend, which is one way to compute a model: a row of the table."""
 
     name: str  # in --backend, in the manifest of an artefact and in GET /info
-    runs: Literal["bundle", "artefact"]  # an artefact names the one backend that runs it
-    loader: str  # module:function, see `loading.LoadBundle` and `exported.LoadGraphs`; imported when a model is loaded
-    suits: str = ""  # module:function of the `LoadOptions`, loading no torch: whether `auto` means this backend here
-    package: str = ""  # that the loader's module imports, beside torch
-    extra: str = ""  # of allattn, which installs the package
-    weights: tuple[str, ...] = ()  # the values of the setting `weights` beside auto
-    has_providers: bool = False  # the setting `provider` has a meaning
-    has_own_threads: bool = False  # it computes in other threads than those of OpenMP
+    runs: Literal["bundle", "artefact"]  # an artefact names the only backend that runs it
+    loader: str  # module:function, of type `LoadBundle` or `LoadGraphs` (model/frozen); imported when a model is loaded
+    suits: str = ""  # module:function of `LoadOptions`, without torch: whether `auto` may mean this; empty = yes
+    package: str = ""  # the package that the loader imports beside torch
+    extra: str = ""  # the extra of allattn that installs the package
+    weights: tuple[str, ...] = ()  # values of the setting `weights` that the backend takes beside auto
+    has_providers: bool = False  # whether the setting `provider` has a meaning
+    has_own_threads: bool = False  # whether it computes in threads of its own, not OpenMP's
 
     def import_loader(self) -> Callable[..., Any]:
-        """Returns the function that `loader` names. Raises ImportError."""
+        """Import the function that `loader` names, and return it. Raises ImportError."""
         return _import(self.loader)
 
     def suits_here(self, options: "LoadOptions") -> bool:
-        """Returns whether `auto` may mean this backend on this machine, with these options."""
+        """Return whether `auto` may mean this backend on this machine, with these options."""
         return not self.suits or bool(_import(self.suits)(options))
 
 
@@ -72,7 +72,7 @@ BACKENDS = {
 
 
 def backends_for(kind: str | None) -> list[Backend]:
-    """Returns the backends that run a model; `auto` means the first one that suits the machine.
+    """Return the backends that run a model; `auto` means the first of them that suits the machine.
 
     Args:
         kind: the kind of an artefact; None = the model is a bundle.
@@ -81,7 +81,7 @@ def backends_for(kind: str | None) -> list[Backend]:
 
 
 def names(rows: Iterable[Backend]) -> tuple[str, ...]:
-    """Returns the names of some rows."""
+    """Return the names of some rows."""
     return tuple(row.name for row in rows)
 
 
@@ -91,12 +91,12 @@ def _artefact_kinds() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class OneOf:
-    """An annotation: the text must be one of some names, which each check looks up, since the table may grow."""
+    """An annotation: a text must be one of some names. Each check asks for the names, since the table may grow."""
 
     names: Callable[[], tuple[str, ...]]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """pydantic calls this; returns the type's own schema and then the check."""
+        """Return the schema of the type, followed by the check; pydantic calls this."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def _check(self, text: str) -> str:
@@ -117,7 +117,7 @@ class LoadOptions(BaseModel):
 
     backend: BackendChoice = Field(
         default=AUTO,
-        description="what computes; auto is native or, with a GPU, torch for a bundle; an artefact names its own",
+        description="backend that computes; auto = native, or torch with a GPU, for a bundle; an artefact has its own",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="number format of a bundle's weights and state; an artefact has its own"
@@ -139,7 +139,7 @@ class LoadOptions(BaseModel):
 
 
 def chosen(options: LoadOptions, *, kind: str | None) -> Backend:
-    """Returns the backend that the options mean for a model. `kind`: see `backends_for`."""
+    """Return the backend that the options mean for a model. `kind` is as for `backends_for`."""
     if options.backend != AUTO:
         return BACKENDS[options.backend]
     return next(row for row in backends_for(kind) if row.suits_here(options))

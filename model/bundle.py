@@ -1,8 +1,8 @@
-"""The bundle: the folder that training writes and that export and server read.
+"""The bundle: the folder that training writes and that export and the server read.
 
-Owns its four files (model.safetensors, config.json, tokenizer.json, README.md), their checks, and writing them so that
-no reader and no crash ever sees half of them. Beside them may lie plots/, pictures for the README that no program reads
-and whose loss spoils nothing. Knows no torch: weights are numpy arrays, float32 or float16 on disk.
+Owns its four files (model.safetensors, config.json, tokenizer.json, README.md), their checks, and writing them in one
+step, so that neither a reader nor a crash leaves half of a bundle. The folder plots/ may lie beside the files: it holds
+pictures for the README, which no program reads. Knows no torch: weights are numpy arrays, float32 or float16 on disk.
 """
 
 import hashlib
@@ -43,17 +43,17 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder that passed the checks of `open_bundle` or `inspect_bundle`. Holds no weights: `tensors` reads them."""
+    """A folder that passed the checks of `open_bundle` or `inspect_bundle`. `tensors` reads the weights."""
 
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer
     card: str  # markdown
-    training: dict[str, Any]  # facts about the run, free in form
+    training: dict[str, Any]  # facts about the training run, in any form
     hash: str  # sha256 of model.safetensors, hex
 
     def tensors(self) -> dict[str, NDArray[np.float32]]:
-        """Every weight as a fresh float32 array, named and shaped as `config.tensor_shapes()`, in that order.
+        """Read every weight as a new float32 array, with the names, shapes and order of `config.tensor_shapes()`.
 
         Raises:
             BundleError: model.safetensors is not whole, does not fit config.json, or was changed after the bundle was
@@ -99,15 +99,15 @@ def save_bundle(
     training: Mapping[str, Any],
     pictures: Mapping[str, bytes] = _NO_PICTURES,
 ) -> None:
-    """Write a bundle at `path`, in place of the bundle that may be there. All checks come before the first byte.
+    """Write a bundle at `path`; replace a bundle that is there. All checks come before the first byte.
 
-    `path` holds the old bundle or the new one, never part of one (see `model.folder.replacing`).
+    At any moment `path` holds the whole old bundle or the whole new one (see `model.folder.replacing`).
 
     Args:
         tensors: all float32 or all float16, named and shaped as `config.tensor_shapes()`.
         card: the README.md, markdown.
-        training: whatever is worth knowing about the run, as JSON.
-        pictures: PNG files by name, for `card` to link as plots/NAME.png.
+        training: facts about the training run, in any form that JSON can hold.
+        pictures: PNG files by name; `card` links to them as plots/NAME.png.
 
     Raises:
         BundleError: tensors, tokenizer and config do not fit together, `training` is not JSON, `card` has no UTF-8
@@ -119,7 +119,7 @@ def save_bundle(
     dtype = _check_tensors(tensors, config=config, where="tensors")
     facts, markdown = _as_json(training), _as_utf8(card)
     _check_pictures(pictures)
-    # safetensors writes an array's memory as it lies, so it must be contiguous.
+    # safetensors writes the memory of an array as it is, so the array must be contiguous.
     weights = serialize_tensors({name: np.ascontiguousarray(tensors[name]) for name in config.tensor_shapes()})
     with replacing(target) as fresh:
         tokenizer.save(fresh / TOKENIZER)
@@ -148,10 +148,10 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def inspect_bundle(path: str | Path) -> Bundle:
-    """Check everything in a bundle except the content of its weights, which `Bundle.tensors` checks.
+    """Check a bundle except the content of its weights, which `Bundle.tensors` checks, and return it.
 
     Raises:
-        BundleError: as `open_bundle`.
+        BundleError: as for `open_bundle`.
     """
     folder = Path(path)
     _check_present(folder, files=_FILES)
@@ -167,12 +167,12 @@ def inspect_bundle(path: str | Path) -> Bundle:
 
 
 def open_description(path: str | Path) -> Bundle:
-    """Returns the model's description from a folder that has the files of a bundle but may lack the weights.
+    """Return the model's description from a folder with the files of a bundle; the weights may be missing.
 
-    `hash` is still that of the weights, and `tensors` cannot be called.
+    Its `hash` is that of the weights; do not call its `tensors`.
 
     Raises:
-        BundleError: as `open_bundle`.
+        BundleError: as for `open_bundle`.
     """
     folder = Path(path)
     _check_present(folder, files=DESCRIPTION)
@@ -260,7 +260,7 @@ def _check_vocabulary(tokenizer: Tokenizer, *, config: ModelConfig, where: str) 
 
 
 def _check_tensors(tensors: Mapping[str, NDArray[Any]], *, config: ModelConfig, where: str) -> StoredDtype:
-    """Check names, shapes and values of the weights; returns their common dtype."""
+    """Check names, shapes and values of the weights, and return their common dtype."""
     shapes = config.tensor_shapes()
     if missing := shapes.keys() - tensors.keys():
         raise BundleError(f"{where}: missing {', '.join(sorted(missing))}")
@@ -294,7 +294,7 @@ def _check_weight_facts(folder: Path, *, dtype: StoredDtype, num_parameters: int
 
 
 def _check_replaceable(target: Path) -> None:
-    """Raises BundleError unless the target is missing, an empty folder, or a bundle without any other file."""
+    """Check that the target is missing, an empty folder, or a bundle and nothing more. Raises BundleError if not."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -309,7 +309,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _holds_only_pictures(folder: Path) -> bool:
-    """Returns whether a folder holds PNG files and nothing else."""
+    """Return whether a folder holds PNG files and nothing else."""
     if not folder.is_dir() or folder.is_symlink():
         return False
     return all(entry.is_file() and entry.suffix == PICTURE_SUFFIX for entry in folder.iterdir())

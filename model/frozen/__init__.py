@@ -1,1 +1,1 @@
-"""The trained network frozen for inference: baked, exported, and its rings."""
+"""The trained network, frozen for inference: its backends, and the rings of its live streams."""

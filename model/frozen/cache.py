@@ -1,4 +1,4 @@
-"""The state of live streams: for every layer and head group a ring of projected keys and values, of constant size.
+"""The state of live streams: a ring of keys and values, of constant size, for every layer and group of heads.
 
 Sizes: R rows, h heads of a group, S slots of its rings, D head size. Keys and values are the two halves of one tensor,
 [2, R, h, S, D]. The token at position p lies in slot p % S. Owns the memory and the lengths; knows no weights and no
@@ -17,19 +17,19 @@ from model.spans import HeadGroup
 
 @dataclass(frozen=True)
 class RowSnapshot:
-    """A copy of one row's whole state, for `RingCache.restore` of any cache of the same model."""
+    """A copy of one row's whole state; `restore` of any cache of the same model takes it."""
 
     length: int
     rings: list[Tensor]  # [2, h, S, D] of every layer and group
 
     @property
     def num_bytes(self) -> int:
-        """What keeping it costs."""
+        """The memory that the copy takes, in bytes."""
         return sum(ring.nbytes for ring in self.rings)
 
 
 class RingCache:
-    """Rings and lengths of a fixed number of rows."""
+    """The rings and lengths of a fixed number of rows."""
 
     def __init__(
         self,
@@ -52,33 +52,33 @@ class RingCache:
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes that one live stream costs, whatever its length."""
+        """The memory of one live stream, in bytes, whatever its length."""
         return sum(ring[:, 0].nbytes for ring in self._all())
 
     def reset(self, row: int) -> None:
-        """Begin a fresh stream in a row."""
+        """Begin a new stream in a row."""
         self.lengths[row] = 0
         for ring in self._all():
             ring[:, row].zero_()
 
     def move(self, source: int, target: int) -> None:
-        """Copy the whole state of one row over another."""
+        """Copy the whole state of the row `source` to the row `target`."""
         self.lengths[target] = self.lengths[source]
         for ring in self._all():
             ring[:, target].copy_(ring[:, source])
 
     def snapshot(self, row: int) -> RowSnapshot:
-        """A copy of the whole state of a row."""
+        """Return a copy of the whole state of a row."""
         return RowSnapshot(int(self.lengths[row]), [ring[:, row].clone() for ring in self._all()])
 
     def restore(self, row: int, snapshot: RowSnapshot) -> None:
-        """Put a row into the state that another one had; it goes on as that one did."""
+        """Set a row to the state of a snapshot; the row goes on as the row of the snapshot did."""
         self.lengths[row] = snapshot.length
         for ring, kept in zip(self._all(), snapshot.rings, strict=True):
             ring[:, row].copy_(kept)
 
     def some_rows(self, rows: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
-        """Keys and values [rows, h, S, D] of any rows, for each layer and group: views where they lie together."""
+        """Return keys and values [rows, h, S, D] of rows by layer and group: views of consecutive rows, else copies."""
         first, count = rows[0], len(rows)
         if list(rows) == list(range(first, first + count)):
             return [
@@ -89,7 +89,7 @@ class RingCache:
         return [[(ring[0, index], ring[1, index]) for ring in layer] for layer in self.rings]
 
     def recent(self, layer: int, group: int, rows: Sequence[int]) -> Tensor:
-        """Keys and values of some rows in the order of time, the newest last: a copy, [2, h, rows, S, D]."""
+        """Return a copy of the keys and values of some rows, oldest first, [2, h, rows, S, D]."""
         ring = self.rings[layer][group]
         num_slots = ring.shape[3]
         order = (self.lengths[list(rows), None] + np.arange(num_slots)) % num_slots  # [rows, S]
@@ -101,9 +101,9 @@ class RingCache:
         """Write the keys and values of new tokens and advance the lengths.
 
         Args:
-            rows: which row each entry of `new` belongs to.
-            new: for each layer keys and values [rows, T, 2, H, D], what a step returned.
-            num_new: how many of the T tokens of each row are real; the rest is padding and leaves no trace.
+            rows: the row of each entry of `new`.
+            new: for each layer the keys and values [rows, T, 2, H, D] that a step returned.
+            num_new: for each row the number of its T tokens that count; the tokens after them are padding.
         """
         places: dict[int, tuple[Tensor, ...]] = {}
         for layer_groups, layer_rings, fresh in zip(self.groups, self.rings, new, strict=True):
@@ -117,7 +117,7 @@ class RingCache:
     def _places(
         self, rows: Sequence[int], num_new: Sequence[int], num_slots: int, device: torch.device
     ) -> tuple[Tensor, ...]:
-        """Which tokens stay in rings of this size and where: (entry of `new`, its token, row, slot), each [n]."""
+        """Return the tokens that rings of this size keep, as (entry of `new`, token, row, slot), each [n]."""
         counts = np.asarray(num_new)[:, None]
         tokens = np.arange(counts.max())
         entry, token = np.nonzero((tokens < counts) & (tokens >= counts - num_slots))

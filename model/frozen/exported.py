@@ -1,4 +1,4 @@
-"""The model of an artefact with the steps of `BakedLM`: it hands the rings to the graphs, which compute.
+"""The model of an artefact: it has the steps of `BakedLM`, and the artefact's graphs compute them from the rings.
 
 Sizes: B rows, T new tokens, E width, H heads, h heads of a group, S slots, D head size, V vocabulary.
 """
@@ -20,14 +20,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Graphs(Protocol):
-    """Runs the three graphs of an artefact; model/artefact.py lists their inputs and outputs in order.
+    """The three graphs of an artefact, ready to run; model/artefact.py lists their inputs and outputs in order.
 
-    Inputs and outputs are on one device; the outputs are fresh, nothing will change them.
+    Inputs and outputs are on one device. The outputs are new tensors: no later call changes them.
     """
 
     @property
     def invariant_rows(self) -> int:
-        """See `ServedLM`."""
+        """As `ServedLM.invariant_rows`."""
         ...
 
     @property
@@ -36,7 +36,7 @@ class Graphs(Protocol):
         ...
 
     def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run the graph `decode`; calls with equal numbers of rows pass the same tensors as rings."""
+        """Run the graph `decode`; calls with the same number of rows pass the same tensors as rings."""
         ...
 
     def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -49,7 +49,7 @@ class Graphs(Protocol):
 
 
 class ExportedLM:
-    """A `ServedLM` over the graphs of an artefact."""
+    """A `ServedLM` that the graphs of an artefact compute."""
 
     def __init__(self, config: ModelConfig, manifest: Manifest, graphs: Graphs) -> None:
         self.config = config
@@ -63,13 +63,13 @@ class ExportedLM:
         self._groups = [list(_groups(layer)) for layer in manifest.rings]
 
     def allocate(self, num_rows: int) -> RingCache:
-        """Returns empty rings for `num_rows` streams."""
+        """Return empty rings for `num_rows` streams."""
         head_size = self.config.head_size
         return RingCache(self._groups, num_rows=num_rows, head_size=head_size, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: RingCache) -> tuple[Tensor, list[Tensor]]:
-        """As `BakedLM.decode`."""
+        """Compute one step, as `BakedLM.decode` does."""
         lengths = self._to_device(cache.lengths[: len(tokens)])
         rings = _flat(cache.some_rows(range(len(tokens))))
         logits, *new = self._graphs.run_decode([tokens.contiguous(), lengths, *rings])
@@ -77,7 +77,7 @@ class ExportedLM:
 
     @torch.inference_mode()
     def extend(self, tokens: Tensor, cache: RingCache, rows: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """As `BakedLM.extend`."""
+        """Compute many tokens of some rows, as `BakedLM.extend` does."""
         hidden, new, _ = self.extend_with_memory_share(tokens, cache, rows)
         return hidden, new
 
@@ -85,13 +85,13 @@ class ExportedLM:
     def extend_with_memory_share(
         self, tokens: Tensor, cache: RingCache, rows: Sequence[int]
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """As `BakedLM.extend_with_memory_share`."""
+        """Do `extend` and return the shares of persistent vectors, as `BakedLM.extend_with_memory_share` does."""
         hidden, _, memory_share, *new = self._run_extend(tokens, cache, rows, [tokens.shape[1]] * len(rows))
         return hidden, new, memory_share
 
     @torch.inference_mode()
     def last_logits(self, tokens: Tensor, cache: RingCache, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Returns the logits after the first `counts` of each row's tokens [B, T]: [B, V] fp32.
+        """Return the logits [B, V] fp32 after the first `counts` [B] of each row's tokens [B, T].
 
         The server does not call this: it computes logits from hidden states.
         """
@@ -106,7 +106,7 @@ class ExportedLM:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """As `BakedLM.logits`, [n, E] -> [n, V] fp32."""
+        """Return logits [n, V] fp32 of hidden states [n, E], as `BakedLM.logits` does."""
         return self._graphs.run_logits(hidden)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
@@ -114,15 +114,15 @@ class ExportedLM:
 
 
 class LoadGraphs(Protocol):
-    """The loader of a backend that runs artefacts."""
+    """The type of the function that loads the graphs of an artefact for a backend."""
 
     def __call__(self, artefact: Artefact, options: LoadOptions) -> Graphs:
-        """Load the graphs. Raises ArtefactError if a graph is wrong, or cannot run as the options say."""
+        """Return the graphs. Raises ArtefactError if a graph is wrong, or cannot run as the options say."""
         ...
 
 
 def load_exported(artefact: Artefact, options: LoadOptions) -> ExportedLM:
-    """Load the graphs of an artefact with the backend that it was made for.
+    """Return the model of an artefact; the backend that the artefact was made for computes it.
 
     Raises:
         ArtefactError: a graph cannot be loaded, or cannot run as the options say.

@@ -1,4 +1,4 @@
-"""Loads the model of a bundle or an artefact with the backend that the options name."""
+"""Loads the model of a bundle or an artefact for the backend that the options mean."""
 
 import logging
 from pathlib import Path
@@ -13,25 +13,25 @@ from model.frozen.baked import BakedLM, load_baked
 from model.frozen.exported import load_exported
 from model.frozen.served import ServedLM
 
-FALLBACK = "torch"  # serves if `auto` chose a backend that cannot load the model
+FALLBACK = "torch"  # the backend that serves if `auto` chose one that cannot load the model
 
 log = logging.getLogger(__name__)
 
 
 class LoadBundle(Protocol):
-    """The loader of a backend that runs bundles."""
+    """The type of the function that loads a bundle for a backend."""
 
     def __call__(self, bundle: Bundle, options: LoadOptions) -> ServedLM:
-        """Load the weights. Raises BundleError if they are wrong, ValueError if an option is impossible here."""
+        """Return the model. Raises BundleError if the weights are wrong, ValueError if an option is impossible here."""
         ...
 
 
 def load_model(path: Path, options: LoadOptions) -> ServedLM:
-    """Load a bundle or an artefact, and check all of it.
+    """Check a bundle or an artefact in full, and return its model.
 
     Raises:
         BundleError: the bundle or artefact is not whole, or cannot be run as asked.
-        ValueError: CUDA is asked for where there is none.
+        ValueError: the options ask for CUDA, and there is none.
     """
     if is_artefact(path):
         return load_exported(open_artefact(path), options)
@@ -51,7 +51,7 @@ def load_model(path: Path, options: LoadOptions) -> ServedLM:
 
 
 def load_torch(bundle: Bundle, options: LoadOptions) -> BakedLM:
-    """The loader of the backend `torch`, which computes the layers one by one."""
+    """Return the model of a bundle for the backend `torch`. Raises ValueError if CUDA is asked for and missing."""
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise ValueError("device = 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")

@@ -1,6 +1,6 @@
-"""The backend `onnx`. Rings, inputs and outputs are torch's memory, bound in place: nothing is copied.
+"""The backend `onnx`. ONNX Runtime reads and writes torch's tensors in place: nothing is copied.
 
-The only file that imports onnxruntime; its twin for GPUs has the same import name.
+This is the only file that imports onnxruntime; the package onnxruntime-gpu has the same import name.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ TWINS = ("onnxruntime", "onnxruntime-gpu")  # packages that install the same fil
 
 
 class OnnxGraphs:
-    """The graphs of an artefact, each in a session of ONNX Runtime."""
+    """The three graphs of an artefact, each in its own session of ONNX Runtime."""
 
-    invariant_rows = 2  # fp32 and int8, from 2 to 33 rows, all were equal bit for bit; a single row has its own kernels
+    invariant_rows = 2  # measured: fp32 and int8 give equal bits from 2 to 33 rows; a single row has its own kernels
 
     def __init__(self, artefact: Artefact, options: LoadOptions) -> None:
         """Load an artefact. Raises ArtefactError if a graph is wrong or the provider is missing."""
@@ -37,7 +37,7 @@ class OnnxGraphs:
         }
 
     def run_decode(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run the graph `decode`. The rings, all but the first two inputs, stay bound from step to step."""
+        """Run the graph `decode`. The rings (all inputs after the first two) stay bound from step to step."""
         return self._graphs["decode"].run(inputs, num_changing=2)
 
     def run_extend(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -50,7 +50,7 @@ class OnnxGraphs:
 
 
 class _Graph:
-    """One session, and the bindings that its calls have in common."""
+    """One graph: its session, and the bindings that calls share."""
 
     def __init__(
         self, artefact: Artefact, name: GraphName, *, provider: str, num_threads: int, device: torch.device
@@ -63,12 +63,12 @@ class _Graph:
         self._bindings: dict[tuple[int, ...], ort.IOBinding] = {}
 
     def run(self, inputs: Sequence[Tensor], *, num_changing: int | None = None) -> list[Tensor]:
-        """Compute; returns fresh outputs.
+        """Run the graph and return its outputs, which are new tensors.
 
         Args:
-            inputs: in the order of the manifest, each in one piece.
-            num_changing: how many of the first inputs are new in every call; None = all of them. The others stay bound
-                as long as they are the same memory.
+            inputs: in the order of the manifest, each contiguous.
+            num_changing: the number of first inputs that change from call to call; None = all of them. The others
+                stay bound as long as they are the same memory.
         """
         num_changing = len(inputs) if num_changing is None else num_changing
         staying = inputs[num_changing:]
@@ -88,7 +88,7 @@ class _Graph:
             shape = [sizes[size] if isinstance(size, str) else size for size in facts.shape]
             outputs.append(torch.empty(shape, dtype=DTYPES[facts.dtype], device=self._device))
             self._bind(binding.bind_output, facts.name, outputs[-1])
-        if self._device.type == "cuda":  # the session computes in a stream of its own, and waits for it itself
+        if self._device.type == "cuda":  # the session waits for its own stream, but not for torch's
             torch.cuda.current_stream().synchronize()
         self._session.run_with_iobinding(binding)
         return outputs
@@ -99,7 +99,7 @@ class _Graph:
 
 
 def check_packages() -> None:
-    """Raises ArtefactError if both packages are installed: each overwrites files of the other."""
+    """Check that at most one of the two packages is installed, since they share files. Raises ArtefactError."""
     present = [name for name in TWINS if _is_installed(name)]
     if len(present) > 1:
         raise ArtefactError(
@@ -109,11 +109,14 @@ def check_packages() -> None:
 
 
 def choose_provider(*, device: str, provider: str) -> str:
-    """Returns cpu or cuda, as asked; auto takes CUDA if it is there. Raises ArtefactError if asked-for CUDA is not.
+    """Return `cpu` or `cuda`, as asked; `auto` takes CUDA if there is any.
 
     Args:
-        device: auto, cpu or cuda: where rings and drawing are.
+        device: auto, cpu or cuda, the device of the rings and of drawing.
         provider: auto, cpu or cuda; must not contradict `device`.
+
+    Raises:
+        ArtefactError: the two contradict each other, or CUDA is asked for and missing.
     """
     if "auto" not in (device, provider) and device != provider:
         raise ArtefactError(f"provider = {provider!r} contradicts device = {device!r}; let one of them be auto")
@@ -132,17 +135,17 @@ def choose_provider(*, device: str, provider: str) -> str:
 def _open_session(file: Path, *, provider: str, num_threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
-    options.log_severity_level = 3  # errors; what goes wrong is raised
-    # Its threads would spin between steps, on the cores that drawing and the API process need.
+    options.log_severity_level = 3  # log errors only: failures raise exceptions
+    # Spinning threads would take the cores that drawing and the API process need between steps.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = ort.InferenceSession(file, options, providers=[PROVIDERS[provider]])
-    except Exception as error:  # its exceptions have no common base of their own
+    except Exception as error:  # exceptions of ONNX Runtime have no base class of their own
         why = str(error).strip().splitlines()[0]
         raise ArtefactError(
             f"{file} cannot be loaded by onnxruntime {ort.__version__}: {why}; {EXPORT_AGAIN}"
         ) from error
-    # Where the CUDA provider cannot be loaded, onnxruntime logs it and takes another one.
+    # If the CUDA provider cannot be loaded, onnxruntime logs that and takes another provider.
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise ArtefactError(
             f"provider = {provider!r}, but onnxruntime {ort.__version__} could only take {session.get_providers()[0]}: "

@@ -1,6 +1,6 @@
-"""What serving and scoring need of a model, whether torch computes its layers one by one or an artefact whole graphs.
+"""The interface of a frozen model, which every backend implements, and scoring with it.
 
-Sizes: B rows, T new tokens, E width, H heads, D head size, V vocabulary.
+Sizes: B rows, T new tokens, E width, H heads, D head size, V vocabulary. A pair is a key and a value.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,86 +14,86 @@ from model.config import ModelConfig
 from model.frozen.cache import RingCache
 from model.sampling.draw import BYTES_TO_SCORE, TokenScores, join_scored, lines_at_once, score_targets
 
-# MKL and oneDNN, fp32: from 4 to 128 rows all were equal bit for bit.
+# Measured with MKL and oneDNN in fp32: a row has the same bits among 4 rows as among any number up to 128.
 TORCH_INVARIANT_ROWS = 4
-SCORED_AT_ONCE = 4  # positions at least: fewer would make matrix products sum in another order
+SCORED_AT_ONCE = 4  # the least number of positions: with fewer, matrix products sum in another order
 
 
 class ServedLM(Protocol):
-    """A frozen model and its two steps. A step changes nothing: the owner of the cache commits what it returns."""
+    """A frozen model and its two steps. A step changes nothing: the owner of the cache commits the keys and values."""
 
     @property
     def config(self) -> ModelConfig:
-        """Of the network."""
+        """The configuration of the network."""
         ...
 
     @property
     def spans(self) -> list[list[int]]:
-        """For each layer, the reach of each head in the order of training, in tokens."""
+        """The reach of each head, in tokens, by layer; heads are in the order of training."""
         ...
 
     @property
     def backend(self) -> str:
-        """The name of the backend that computes it."""
+        """The name of the backend that computes the model."""
         ...
 
     @property
     def weights(self) -> str:
-        """How they are kept: float32, bfloat16, float16, int8 or int4."""
+        """The number format of the weights: float32, bfloat16, float16, int8 or int4."""
         ...
 
     @property
     def invariant_rows(self) -> int:
-        """From so many rows on, `decode` on a CPU gives each row bit for bit what it gives it among more.
+        """The number of rows from which on `decode` on a CPU gives a row the same bits among any number of rows.
 
-        Below, products of matrices sum in another order, so never computing fewer makes a request's numbers
-        independent of its neighbours.
+        With fewer rows, matrix products sum in another order. A caller that never computes fewer rows makes the
+        numbers of a request independent of the other requests.
         """
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that computes the model."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of rings and hidden states."""
+        """The number format of rings and hidden states."""
         ...
 
     def allocate(self, num_rows: int) -> RingCache:
-        """Rings for a number of live streams, all fresh."""
+        """Return empty rings for `num_rows` streams."""
         ...
 
     def decode(self, tokens: Tensor, cache: RingCache) -> tuple[Tensor, list[Tensor]]:
-        """One new token [B] of each of the first rows: logits [B, V] fp32 and, per layer, pairs [B, 1, 2, H, D]."""
+        """Return logits [B, V] fp32 after one new token [B] of each first row, and pairs [B, 1, 2, H, D] by layer."""
         ...
 
     def extend(self, tokens: Tensor, cache: RingCache, rows: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """New tokens [B, T] of some rows: hidden states [B, T, E] and, per layer, pairs [B, T, 2, H, D]."""
+        """Return hidden states [B, T, E] of new tokens [B, T] of some rows, and pairs [B, T, 2, H, D] by layer."""
         ...
 
     def extend_with_memory_share(
         self, tokens: Tensor, cache: RingCache, rows: Sequence[int]
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """`extend`, and the share of attention on persistent vectors, heads' mean, [B, T, layers] fp32."""
+        """Do `extend`; also return the heads' mean share of attention on persistent vectors, [B, T, layers] fp32."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token in fp32, [n, E] -> [n, V]."""
+        """Return logits [n, V] fp32 of hidden states [n, E]."""
         ...
 
 
 @runtime_checkable
 class ScoresInside(Protocol):
-    """A model whose own step scores tokens."""
+    """A model that scores tokens inside its own step."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token in fp32, [n, E] -> [n, V]."""
+        """Return logits [n, V] fp32 of hidden states [n, E]."""
         ...
 
     def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [n] fp32 and ranks [n] int64 of given tokens [n], from hidden states [n, E]."""
+        """Return log-probabilities [n] fp32 and ranks [n] int64 of targets [n], from hidden states [n, E]."""
         ...
 
 
@@ -101,11 +101,11 @@ class ScoresInside(Protocol):
 def score_positions(
     model: ServedLM, hidden: Tensor, targets: Tensor, *, num_top: int = 0, entropy: bool = False
 ) -> TokenScores:
-    """`score_targets` from hidden states, a few positions at a time, so that memory is bounded for any vocabulary.
+    """Return the scores of targets, computed for a few positions at a time: memory is bounded for any vocabulary.
 
     Args:
         hidden: [T, E].
-        targets: [n] int64, n <= T; the positions after them are padding.
+        targets: [n] int64, n <= T; positions from n on are padding.
     """
     size = lines_at_once(
         model.config.vocab_size, bytes_per_score=BYTES_TO_SCORE, device=model.device, least=SCORED_AT_ONCE
@@ -123,7 +123,7 @@ def score_positions(
 def _score_inside(
     model: ScoresInside, hidden: Tensor, targets: Tensor, *, num_top: int, entropy: bool, size: int
 ) -> TokenScores:
-    """Take log-probabilities and ranks from the model's own step, and the rest, if asked for, from its logits."""
+    """Return log-probabilities and ranks from the model's own step; top tokens and entropies, if asked, from logits."""
     logprobs, ranks = model.score(hidden, targets)
     if not num_top and not entropy:
         return TokenScores(logprobs, ranks, None, None, None)
@@ -139,13 +139,13 @@ def _score_inside(
 def score_document(
     model: ServedLM, tokens: np.ndarray, *, chunk_tokens: int = 256
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Score every token after the first in one exact pass at constant memory, whatever the length.
+    """Score every token after the first, in one exact pass and in constant memory for any length.
 
     Args:
         tokens: [n] integers.
 
     Yields:
-        log-probabilities (nats, float32) and ranks (int64, 0 = the most probable) of the next tokens, chunk by chunk.
+        for each chunk log-probabilities (nats, float32) and ranks (int64, 0 = the most probable) of its next tokens.
     """
     cache = model.allocate(1)
     for start in range(0, len(tokens) - 1, chunk_tokens):

@@ -1,4 +1,4 @@
-"""The backends `torchscript` and `pt2`: one file of TorchScript, or for each graph a package of code (AOTInductor)."""
+"""The backends `torchscript` (one file for all graphs) and `pt2` (a package of AOTInductor code for each graph)."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from model.frozen.served import TORCH_INVARIANT_ROWS
 
 
 class TorchGraphs:
-    """A function for each graph, from tensors to tensors."""
+    """The three graphs of an artefact, each as a function from tensors to tensors."""
 
     invariant_rows = TORCH_INVARIANT_ROWS
 
@@ -40,17 +40,17 @@ class TorchGraphs:
 
 
 def load_script(artefact: Artefact, options: LoadOptions) -> TorchGraphs:
-    """Load a TorchScript artefact.
+    """Return the graphs of a TorchScript artefact.
 
     Raises:
-        ArtefactError: the file is no such graph, is of another model, or cannot run on the device.
+        ArtefactError: the file holds no TorchScript graphs, is of another model, or cannot run on the device.
     """
     device = _device(artefact, options)
     file = artefact.path / artefact.manifest.graphs["decode"].file
     said = {MODEL_HASH: ""}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript itself
+            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated
             module = torch.jit.load(file, map_location=device, _extra_files=said)  # type: ignore[no-untyped-call]
         run: dict[str, Callable[..., Any]] = {name: getattr(module, name) for name in GRAPHS}
     except (RuntimeError, ValueError, AttributeError) as error:
@@ -61,10 +61,10 @@ def load_script(artefact: Artefact, options: LoadOptions) -> TorchGraphs:
 
 
 def load_packages(artefact: Artefact, options: LoadOptions) -> TorchGraphs:
-    """Load a pt2 artefact.
+    """Return the graphs of a pt2 artefact.
 
     Raises:
-        ArtefactError: a file is no such graph, is of another model, or cannot run on the device.
+        ArtefactError: a file holds no pt2 graph, is of another model, or cannot run on the device.
     """
     device = _device(artefact, options)
     run: dict[str, Callable[..., Any]] = {}
@@ -80,7 +80,7 @@ def load_packages(artefact: Artefact, options: LoadOptions) -> TorchGraphs:
 
 
 def _device(artefact: Artefact, options: LoadOptions) -> torch.device:
-    """Returns the device that the graphs were made on, where alone they run. Raises ArtefactError if not allowed."""
+    """Return the only device that runs the graphs: the one they were made on. Raises ArtefactError if not allowed."""
     made_on = artefact.manifest.device or "cpu"
     if options.device not in (AUTO, made_on):
         raise ArtefactError(

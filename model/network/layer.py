@@ -1,4 +1,4 @@
-"""One layer as it is trained: heads with spans and persistent vectors that learn, over cached hidden states.
+"""One layer for training: heads that learn their spans and persistent vectors, and attend to cached hidden states.
 
 Sizes: B streams, M tokens of a block, E width, H heads, h heads of a group, D head size, N persistent vectors, L
 maximum span, S slots. Knows no embedding, no loss and no optimizer.
@@ -18,7 +18,7 @@ from model.spans import group_heads, span_mask
 
 
 class PersistentAttention(nn.Module):
-    """One layer: heads that attend to the past and to their own persistent vectors, then a post-norm residual."""
+    """A layer: heads attend to the past and to their own persistent vectors; a residual and a norm follow."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,21 +43,21 @@ class PersistentAttention(nn.Module):
         filled: Tensor | None,
         cache_keys: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Map the layer's inputs [B, M, E] to its outputs [B, M, E], and to what later blocks need of it as their past.
+        """Return the layer's outputs [B, M, E] for inputs [B, M, E], and the block as later blocks take it in `past`.
 
-        Heads of like reach are computed together, over no more of the past than they reach.
+        Heads of similar reach are computed together, and over no more of the past than they reach.
 
         Args:
-            past: [B, L, E], inputs of this layer at the L positions before the block; or, with `cache_keys`, the keys
-                and values they had, [B, L, 2 E].
+            past: [B, L, E], inputs of this layer at the L positions before the block; with `cache_keys`, the keys and
+                values of these positions instead, [B, L, 2 E].
             position: [D, L], column s for distance L - s.
-            reaches: [H], a distance beyond which neither a head's mask nor its gradient differs from zero.
-            filled: [B], how many of the L positions exist; None if all do.
+            reaches: [H], for each head a distance beyond which its mask and the mask's gradient are zero.
+            filled: [B], the number of the L positions that exist; None = all of them.
         """
         groups, order = group_heads(reaches, max_span=self.config.max_span)
         projections = self._projections(order)  # [3, H, D, E]
         pairs = projections[1:]  # [2, H, D, E]
-        fresh = _project(hidden, projections)  # [3, H, B, M, D], queries, keys and values of the block
+        fresh = _project(hidden, projections)  # [3, H, B, M, D]: queries, keys and values of the block
         memory = self.persistent_key[order], self.persistent_value[order]  # [H, N, D] each
         mass = span_mask(self.span[order], num_slots=self.config.max_span, config=self.config).flip(-1)  # [H, L]
         outputs = []  # [h, B, M, D] each
@@ -82,7 +82,7 @@ class PersistentAttention(nn.Module):
     def _attend(
         self, own: Tensor, before: Tensor, persistent: Block, *, position: Tensor, mass: Tensor, filled: Tensor | None
     ) -> Tensor:
-        """Attend from the block to the window before it, to the block itself and to persistent vectors: [h, B, M, D].
+        """Return the attention [h, B, M, D] of the block to the window before it, to itself and to persistent vectors.
 
         Args:
             own: [3, h, B, M, D], queries, keys and values of the block.
@@ -107,14 +107,14 @@ class PersistentAttention(nn.Module):
         )
 
     def _residual(self, hidden: Tensor, attended: Tensor, order: Sequence[int]) -> Tensor:
-        """Project what the heads gave, [H, B, M, D] in `order`, add the layer's input and normalise: [B, M, E]."""
+        """Project the heads' results [H, B, M, D], heads in `order`, add the layer's input and normalise: [B, M, E]."""
         attended = attended.permute(1, 2, 0, 3).flatten(2)  # [B, M, E]
         out = self._of_heads(self.out.weight.mT, order).flatten(0, 1)  # [E, E], a row for each attended number
         output: Tensor = self.norm(hidden + attended.to(hidden.dtype) @ out)
         return output
 
     def _cached_pairs(self, past: Tensor, heads: Sequence[int]) -> Tensor:
-        """Return the keys and values of some heads, [2, h, B, S, D], from the cached ones of all, [B, S, 2 E]."""
+        """Return the keys and values of some heads, [2, h, B, S, D], from cached pairs of all heads, [B, S, 2 E]."""
         config = self.config
         pairs = past.view(*past.shape[:2], 2, config.num_heads, config.head_size)
         return pairs[:, :, :, list(heads)].permute(2, 3, 0, 1, 4)
@@ -129,7 +129,7 @@ class PersistentAttention(nn.Module):
         return weight.view(self.config.num_heads, self.config.head_size, -1)[list(order)]
 
     def _persistent_block(self, key: Tensor, value: Tensor) -> Block:
-        """Return persistent vectors [h, N, D] times the factors that their initial values were divided by."""
+        """Return persistent vectors [h, N, D], scaled by the factors that divide their initial values."""
         return Block(key * math.sqrt(self.config.head_size), value * math.sqrt(self.config.num_persistent))
 
 

@@ -1,6 +1,7 @@
-"""Draws tokens from logits: a plain line by the model's own step if it has one, any other line by `model.sampling`.
+"""Draws tokens from logits. A line is the logits of one row.
 
-How a line is drawn depends on the line's own parameters only, never on its neighbours. Sizes: B lines, V vocabulary.
+If the model can draw, it draws the plain lines (`SamplingParams.is_plain`); `model.sampling` draws all other lines. How
+a line is drawn depends on its own parameters only, never on other lines. Sizes: B lines, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -22,30 +23,30 @@ DRAW = np.dtype([("temperature", "<f4"), ("unused", "<f4"), ("seed", "<u8"), ("p
 
 @runtime_checkable
 class DrawsInside(Protocol):
-    """A model whose own step draws plain lines."""
+    """A model that draws plain lines inside its own step."""
 
     def decode_and_draw(
         self, tokens: NDArray[np.int64], cache: Any, *, rows: NDArray[np.int64], draws: NDArray[np.void], commit: bool
     ) -> Any:
-        """Feed a token to each of some rows and draw the next ones."""
+        """Feed a token to each of some rows and draw their next tokens."""
         ...
 
     def draw(self, logits: Tensor, draws: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Draw from logits [B, V]: tokens [B] and their log-probabilities [B]."""
+        """Return tokens [B] drawn from logits [B, V], and their log-probabilities [B]."""
         ...
 
 
 class Prepared(NamedTuple):
-    """How the lines of a batch are drawn, for as long as the batch stays the same."""
+    """The sampling parameters of a batch, arranged for drawing; valid as long as the batch stays the same."""
 
     samplings: list[SamplingParams]
     plain: NDArray[np.void]  # [B] of dtype `DRAW`, for the model's own step
     lines: list[int]  # the lines that `model.sampling` draws
-    others: Draws  # of those lines
+    others: Draws  # parameters of the lines in `lines`
 
 
 class Drawer:
-    """Draws for the rows of a runner. Owns which tokens occurred in each row, which penalties ask for."""
+    """The drawing of tokens for the rows of a runner. Owns each row's history of tokens, which penalties use."""
 
     def __init__(self, model: ServedLM, *, num_rows: int) -> None:
         self.inside = model if isinstance(model, DrawsInside) else None
@@ -54,7 +55,7 @@ class Drawer:
         self._prepared: Prepared | None = None
 
     def prepare(self, draws: Sequence[Draw]) -> Prepared:
-        """Return how the lines are drawn. A batch whose parameters are the very same objects is prepared once."""
+        """Arrange the parameters of a batch for drawing. A batch of the very same objects is arranged only once."""
         samplings = [one.sampling for one in draws]
         prepared = self._prepared
         if prepared is None or not _same(prepared.samplings, samplings):
@@ -69,7 +70,7 @@ class Drawer:
         return prepared
 
     def draw(self, logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[Drawn]:
-        """Draw a token for each line of the logits [B, V]. rows: the row of each line."""
+        """Draw a token for each line of the logits [B, V]; `rows` has the row of each line."""
         prepared = self.prepare(draws)
         if self.inside is None or len(prepared.lines) == len(draws):
             return self._draw_others(logits, prepared, draws, rows)
@@ -79,11 +80,11 @@ class Drawer:
     def complete(
         self, decoded: Any, prepared: Prepared, draws: Sequence[Draw], rows: Sequence[int], fed: Sequence[int]
     ) -> list[Drawn]:
-        """Return the tokens of a step of the model that has drawn its plain lines, with all other lines drawn too.
+        """Return the tokens of all lines after a step that drew the plain lines; the other lines are drawn here.
 
         Args:
-            decoded: what `decode_and_draw` returned.
-            fed: the token that each row was fed, which counts for penalties.
+            decoded: the result of `decode_and_draw`.
+            fed: the token that the step fed to each row; it counts for penalties.
         """
         lines = prepared.lines
         with self._fed(prepared, [rows[line] for line in lines], [fed[line] for line in lines]):
@@ -118,7 +119,7 @@ class Drawer:
     def _draw_others(
         self, logits: Tensor, prepared: Prepared, draws: Sequence[Draw], rows: Sequence[int]
     ) -> list[Drawn]:
-        """Draw by `model.sampling`; on a GPU, the only place where the host waits for the device."""
+        """Draw lines with `model.sampling`. On a GPU, the host waits for the device only here."""
         batch = draw(
             logits,
             prepared.others,
@@ -136,7 +137,7 @@ class Drawer:
 
 
 class _Fed:
-    """A context in which the fed tokens count for penalties; they stay counted unless it is left by an exception."""
+    """A context in which the fed tokens count for penalties; if it ends with an exception, they are uncounted."""
 
     def __init__(self, history: History | None, rows: Sequence[int], fed: Sequence[int], device: torch.device) -> None:
         self._history = history
@@ -154,5 +155,5 @@ class _Fed:
 
 
 def _same(left: Sequence[SamplingParams], right: Sequence[SamplingParams]) -> bool:
-    """Return whether both hold the very same objects, as they do while the rows of a batch stay the same."""
+    """Return whether both hold the very same objects, which is so while the rows of a batch stay the same."""
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))

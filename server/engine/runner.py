@@ -1,4 +1,4 @@
-"""The only torch in the server: a model and its rings behind the protocol that the engine drives."""
+"""Runs a model and its rings for the engine. Only this file and drawer.py use torch in the server."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -17,7 +17,7 @@ from server.protocol.messages import EngineFacts
 
 
 class ModelRunner:
-    """Runs a model. Its rows are those of one `RingCache`; a decode step computes rows 0 .. the highest in use."""
+    """A model and the rings of its rows. A decode step computes the rows from 0 to the highest row in use."""
 
     def __init__(self, model: ServedLM, options: EngineOptions) -> None:
         self.num_rows = options.num_rows
@@ -32,32 +32,32 @@ class ModelRunner:
 
     @classmethod
     def load(cls, options: EngineOptions) -> Self:
-        """Load a bundle or an artefact.
+        """Return a runner of the bundle or artefact that the options name.
 
         Raises:
             BundleError: the bundle or artefact is not whole, or cannot be run as asked.
-            ValueError: CUDA is asked for where there is none.
+            ValueError: the options ask for CUDA, and there is none.
         """
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
         return cls(load_model(options.bundle, options), options)
 
     def reset(self, row: int) -> None:
-        """Begin a fresh stream in a row."""
+        """Begin a new stream in a row."""
         self.cache.reset(row)
         self.history.reset(row)
 
     def move(self, source: int, target: int) -> None:
-        """Copy a row's whole state over another row's."""
+        """Copy the whole state of the row `source` to the row `target`."""
         self.cache.move(source, target)
         self.history.move(source, target)
 
     def snapshot(self, row: int) -> object:
-        """Returns a copy of a row's whole state."""
+        """Return a copy of a row's whole state."""
         return self.cache.snapshot(row), self.history.snapshot(row)
 
     def restore(self, row: int, snapshot: object) -> None:
-        """Begin a stream in a row from the state that another one had."""
+        """Begin a stream in a row, from the state of a snapshot."""
         assert isinstance(snapshot, tuple)
         rings, history = snapshot
         self.cache.restore(row, rings)
@@ -65,16 +65,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def check(self) -> None:
-        """Compute one step and forget it; raises where the device does not work any more."""
+        """Compute one step and drop its results. Raises an error if the device has failed."""
         logits, _ = self.model.decode(torch.zeros(1, dtype=torch.int64, device=self.model.device), self.cache)
         logits.cpu()
 
     @torch.inference_mode()
     def warm_up(self) -> EngineFacts:
-        """Decode at every batch size, and read every padded length with one row, with two and with all.
+        """Decode at every batch size, read every padded length with 1, 2 and all rows, and return facts of the engine.
 
-        Nothing is committed, so every row stays as it was. If reading together changes a row's bits on a CPU and rows
-        shall not depend on each other, the runner reads rows one by one from now on.
+        Nothing is committed, so every row stays as it was. If on a CPU a row's bits change when several rows are read
+        together, and the option `batch_invariant` is on, the runner reads rows one by one from now on.
         """
         sampling = SamplingParams(temperature=1.0, seed=1)
         decoded = []
@@ -83,7 +83,7 @@ class ModelRunner:
             self._drawer.draw(logits, [Draw(sampling, 1, 1)] * count, range(count))
             decoded.append(logits[0].clone())
         lengths = sorted({_padded(size) for size in range(1, self._chunk_tokens + 1)})
-        alike = [self._reads_alike(num_new) for num_new in lengths]  # a list: every length has to run once
+        alike = [self._reads_alike(num_new) for num_new in lengths]  # a list, so that every length runs once
         read_alike = all(alike)
         self._reads_together = read_alike or not self._batch_invariant or self.model.device.type != "cpu"
         decode_alike = all(torch.equal(logits, decoded[0]) for logits in decoded)
@@ -103,7 +103,7 @@ class ModelRunner:
         )
 
     def _reads_alike(self, num_new: int) -> bool:
-        """Returns whether `num_new` tokens give the same bits alone, beside one other row, and in a full batch."""
+        """Return whether `num_new` tokens give the same bits alone, beside one other row and in a full batch."""
         tokens = np.arange(num_new, dtype=np.int32) % self.model.config.vocab_size
         found = []
         for count in sorted({1, min(2, self.num_rows), self.num_rows}):
@@ -114,10 +114,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def extend(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
-        """Read chunks of prompts and documents, one for each row; draw or score if the chunk asks for it.
+        """Read chunks of prompts and documents, one chunk for each row; draw and score where the chunk asks for it.
 
-        Chunks that are padded to one length are read together, unless that could change their numbers. The length
-        depends on the chunk alone, and so do the numbers that come out.
+        Chunks of the same padded length are read together, unless that could change their results. The padded length
+        depends on the chunk alone, and so do its results.
         """
         alike: dict[tuple[int, bool, int], list[int]] = {}
         for i, chunk in enumerate(chunks):
@@ -133,13 +133,13 @@ class ModelRunner:
             for place, i in enumerate(indices):
                 scores = self._score(some[place], hidden[place], None if shares is None else shares[place])
                 results[i] = ChunkResult(drawn[place], scores)
-        for rows, new, counts in commits:  # only after all of it has worked
+        for rows, new, counts in commits:  # only after all chunks are computed
             self.cache.commit(rows, new, counts)
         return [results[i] for i in range(len(chunks))]
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]) -> list[Drawn]:
-        """Feed each row that generates its last token and draw the next; returns the draws in the order of `rows`."""
+        """Feed each row its last token, and return the next token drawn for each row, in the order of `rows`."""
         if self._drawer.inside is not None:
             return self._decode_inside(self._drawer.inside, rows, tokens, draws)
         logits, new = self._step(rows, tokens)
@@ -155,7 +155,7 @@ class ModelRunner:
     def _decode_inside(
         self, model: DrawsInside, rows: Sequence[int], tokens: Sequence[int], draws: Sequence[Draw]
     ) -> list[Drawn]:
-        """Decode with a model that draws plain lines itself; nothing is committed before all lines are drawn."""
+        """Decode with a model that draws plain lines itself. Nothing is committed before all lines are drawn."""
         prepared = self._drawer.prepare(draws)
         fed, places = np.array(tokens, np.int64), np.array(rows, np.int64)
         is_plain = not prepared.lines
@@ -166,13 +166,13 @@ class ModelRunner:
         return drawn
 
     def _step(self, rows: Sequence[int], tokens: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Returns logits [B, V] and new keys and values of rows 0 .. the highest; idle rows are fed token 0."""
+        """Return logits [B, V] and new keys and values of the rows from 0 to the highest; idle rows get token 0."""
         fed = np.zeros(max(max(rows) + 1, self._min_rows), dtype=np.int64)
         fed[list(rows)] = tokens
         return self.model.decode(self._to_device(fed), self.cache)
 
     def _stretch(self, chunks: Sequence[Chunk], *, num_new: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Returns hidden states [B, T, E], new keys and values, and persistent shares of attention if asked for."""
+        """Return hidden states [B, T, E], new keys and values, and shares of persistent vectors if asked for."""
         rows = [chunk.row for chunk in chunks]
         tokens = np.zeros((len(chunks), num_new), dtype=np.int64)
         for line, chunk in zip(tokens, chunks, strict=True):
@@ -182,9 +182,9 @@ class ModelRunner:
         return *self.model.extend(self._to_device(tokens), self.cache, rows), None
 
     def _draw_ends(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[tuple[Drawn, ...]]:
-        """Returns for each chunk the tokens drawn after its last one; none if the prompt goes on."""
+        """Return for each chunk the tokens drawn after its last token; none if the prompt goes on."""
         for chunk in chunks:
-            if chunk.penalised:  # marking twice does no harm
+            if chunk.penalised:  # a token that is marked twice counts as marked once
                 self.history.read(chunk.row, self._to_device(chunk.tokens.astype(np.int64)))
         ends = [(i, len(chunk.tokens) - 1) for i, chunk in enumerate(chunks) for _ in chunk.draws]
         if not ends:
@@ -198,7 +198,7 @@ class ModelRunner:
         return [tuple(next(drawn) for _ in chunk.draws) for chunk in chunks]
 
     def _score(self, chunk: Chunk, hidden: Tensor, shares: Tensor | None) -> ChunkScores | None:
-        """Returns the scores of a chunk's targets from its hidden states [T, E] and shares [T, layers]."""
+        """Return the scores of a chunk's targets, from its hidden states [T, E] and shares [T, layers]."""
         if chunk.targets is None:
             return None
         count = len(chunk.targets)
@@ -218,7 +218,7 @@ class ModelRunner:
 
 
 def _padded(num_tokens: int) -> int:
-    """Returns the length that a chunk is padded to: few lengths to warm up, each of which is batch-invariant."""
+    """Return the length that a chunk is padded to: one of few lengths, each of which is batch-invariant."""
     return next((size for size in (4, 8) if num_tokens <= size), -(-num_tokens // 16) * 16)
 
 

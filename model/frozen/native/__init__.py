@@ -1,1 +1,1 @@
-"""The native step: a frozen model on a CPU as one call a step, in C++; native.h is its interface."""
+"""The native step: a frozen model on a CPU, one call into C++ for each step; native.h is the interface."""

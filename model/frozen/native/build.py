@@ -1,7 +1,7 @@
-"""Compile the native step with the system's C++ compiler: `python -m model.frozen.native.build`.
+"""Compiles the native step with the system's C++ compiler: `python -m model.frozen.native.build`.
 
-The kernels are compiled once for each variant that the processor's family has; which one runs is chosen when a model is
-loaded. The library's name holds a digest of its sources, so a stale one is never loaded.
+The kernels are compiled once for each variant of the processor's family; loading a model chooses the variant that
+runs. The library's name holds a digest of its sources, so a stale library is never loaded.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from model.backends import AUTO, LoadOptions
 
 HERE = Path(__file__).parent
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
-UNITS = ("pool", "processor", "model", "open", "step")  # compiled once, without instructions of their own
-# GCC 12 takes the undefined lanes in its own AVX-512 header for a mistake of ours.
+UNITS = ("pool", "processor", "model", "open", "step")  # compiled once, for any processor of the family
+# GCC 12 warns of undefined lanes in its own AVX-512 header; the last two flags silence that.
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -Wno-uninitialized -Wno-maybe-uninitialized"
-KERNELS = {  # instructions of each variant, in the order of `Variant` in kernels.h
+KERNELS = {  # compiler flags of each variant, in the order of `Variant` in kernels.h
     "generic": "",
     "avx2": "-mavx2 -mfma",
     "avx512": AVX512,
@@ -42,12 +42,12 @@ class NativeError(ValueError):
 
 
 def variants() -> tuple[str, ...]:
-    """Those that are compiled for this processor's family."""
+    """Return the variants that are compiled for this processor's family."""
     return tuple(KERNELS) if platform.machine() in ("x86_64", "AMD64") else ("generic",)
 
 
 def library_path() -> Path:
-    """Where the library of these sources is or will be."""
+    """Return the path of the library of these sources, whether it is built or not."""
     digest = hashlib.sha256(repr((FLAGS, KERNELS)).encode())
     for source in sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h"))):
         digest.update(source.name.encode() + source.read_bytes())
@@ -55,16 +55,16 @@ def library_path() -> Path:
 
 
 def suits(options: LoadOptions) -> bool:
-    """Return whether the native step is the backend of choice: its library is built, and no GPU is to be used."""
+    """Return whether `auto` means the native step: its library is built, and the options use no GPU."""
     uses_gpu = options.device == "cuda" or (options.device == AUTO and NVIDIA_DEVICE.exists())
     return not uses_gpu and library_path().is_file()
 
 
 def find_compiler() -> list[str]:
-    """The command of a C++ compiler: $CXX, the system's, or zig from PyPI.
+    """Return the command of a C++ compiler: $CXX, the system's compiler, or zig from PyPI.
 
     Raises:
-        NativeError: there is none.
+        NativeError: there is no compiler.
     """
     if named := os.environ.get("CXX"):
         return named.split()
@@ -80,10 +80,10 @@ def find_compiler() -> list[str]:
 
 
 def build(*, force: bool = False) -> Path:
-    """Compile the library if it is not there, and return its path. Other versions of it are removed.
+    """Compile the library if it is missing, remove older versions of it, and return its path.
 
     Raises:
-        NativeError: there is no compiler, or it fails.
+        NativeError: there is no compiler, or the compiler fails.
     """
     target = library_path()
     if target.exists() and not force:

@@ -1,4 +1,4 @@
-"""The state of live streams of the native step: one block of memory a row, in the step's own layout.
+"""The state of the native step's live streams: one block of memory for each row, in the step's own layout.
 
 Sizes: R rows, T new tokens, H heads, D head size.
 """
@@ -15,35 +15,35 @@ Commit = Callable[["NativeCache", Sequence[int], Sequence[Tensor], Sequence[int]
 
 
 class NativeCache:
-    """Rings and lengths of a fixed number of rows."""
+    """The rings and lengths of a fixed number of rows."""
 
     def __init__(self, *, num_rows: int, row_bytes: int, commit: Commit) -> None:
-        """`commit` writes new keys and values in the layout of the model's step."""
+        """Allocate empty rings. `commit` is the model's function that writes new keys and values in its layout."""
         self.rings = torch.zeros(num_rows, row_bytes, dtype=torch.uint8)  # [R, bytes], see `Head` in model.h
         self.lengths = np.zeros(num_rows, dtype=np.int64)  # [R], tokens each row has consumed, never clipped
         self._commit = commit
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes that one live stream costs, whatever its length."""
+        """The memory of one live stream, in bytes, whatever its length."""
         return self.rings.shape[1]
 
     def reset(self, row: int) -> None:
-        """Begin a fresh stream in a row."""
+        """Begin a new stream in a row."""
         self.lengths[row] = 0
         self.rings[row].zero_()
 
     def move(self, source: int, target: int) -> None:
-        """Copy the whole state of one row over another."""
+        """Copy the whole state of the row `source` to the row `target`."""
         self.lengths[target] = self.lengths[source]
         self.rings[target].copy_(self.rings[source])
 
     def snapshot(self, row: int) -> RowSnapshot:
-        """A copy of the whole state of a row."""
+        """Return a copy of the whole state of a row."""
         return RowSnapshot(int(self.lengths[row]), [self.rings[row].clone()])
 
     def restore(self, row: int, snapshot: RowSnapshot) -> None:
-        """Put a row into the state that another one had; it goes on as that one did."""
+        """Set a row to the state of a snapshot; the row goes on as the row of the snapshot did."""
         self.lengths[row] = snapshot.length
         self.rings[row].copy_(snapshot.rings[0])
 
@@ -51,8 +51,8 @@ class NativeCache:
         """Write the keys and values of new tokens and advance the lengths.
 
         Args:
-            rows: which row each entry of `new` belongs to.
-            new: for each layer keys and values [rows, T, 2, H, D], what a step returned.
-            num_new: how many of the T tokens of each row are real; the rest is padding and leaves no trace.
+            rows: the row of each entry of `new`.
+            new: for each layer the keys and values [rows, T, 2, H, D] that a step returned.
+            num_new: for each row the number of its T tokens that count; the tokens after them are padding.
         """
         self._commit(self, rows, new, num_new)

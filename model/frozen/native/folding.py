@@ -1,4 +1,4 @@
-"""The weights of a trained network as the native step takes them: scalings folded in, tables in the order of time.
+"""Converts trained weights for the native step: scalings are folded in, tables are in the order of time.
 
 Sizes: E width, H heads, D head size, S slots of a head's ring, N persistent vectors, L maximum span, K clusters.
 """
@@ -16,36 +16,36 @@ from model.config import ModelConfig
 from model.spans import reach_of_heads, span_mask
 
 Array = NDArray[np.float32]
-BLOCK = 16  # slots of a ring come in blocks
+BLOCK = 16  # slots in a block; a ring has whole blocks
 
 
 class Folded(NamedTuple):
-    """A part of the model, as `allattn_set` wants it."""
+    """The weights of one part of the model, as `allattn_set` takes them."""
 
     part: str
     layer: int
-    place: int  # the head or the cluster
+    place: int  # number of the head or cluster
     values: Array
 
 
 def clusters(config: ModelConfig) -> list[Cluster]:
-    """The clusters of a vocabulary; plain embeddings are one that holds all."""
+    """Return the clusters of the vocabulary; plain embeddings have one cluster with all tokens."""
     return clusters_of(config) if config.embedding == "adaptive" else [Cluster(0, config.vocab_size, config.width)]
 
 
 def reaches(config: ModelConfig, tensors: Mapping[str, Array]) -> list[list[int]]:
-    """How far each head of each layer looks back, in tokens."""
+    """Return the reach of each head, in tokens, by layer."""
     spans = (tensors[f"layers.{layer}.span"] for layer in range(config.num_layers))
     return [reach_of_heads(span.tolist(), config=config) for span in spans]
 
 
 def ring_slots(spans: list[list[int]]) -> NDArray[np.int32]:
-    """Slots of each head's ring, [layers, H]: its reach, rounded up to whole blocks."""
+    """Return the ring size of each head, [layers, H]: its reach, rounded up to whole blocks."""
     return -(-np.array(spans, np.int32) // BLOCK) * BLOCK
 
 
 def fold(config: ModelConfig, tensors: Mapping[str, Array]) -> Iterator[Folded]:
-    """All parts of a model, from its weights by name."""
+    """Yield all parts of a model, made from its weights by name."""
     slots = ring_slots(reaches(config, tensors))
     position = np.zeros((config.head_size, int(slots.max())), np.float32)
     reached = min(position.shape[1], config.max_span)
@@ -74,9 +74,9 @@ def _layer(config: ModelConfig, layer: int, own: Mapping[str, Array], slots: lis
 
 
 def _log_mass(config: ModelConfig, span: np.float32, num_slots: int) -> Array:
-    """The logarithm of a head's soft mask, [S], the farthest distance first."""
+    """Return the logarithm of a head's soft mask, [S], farthest distance first."""
     mask = span_mask(torch.tensor([span]), num_slots=num_slots, config=config)[0].numpy().astype(np.float64)
-    mask[config.max_span :] = 0  # slots beyond the last distance that has a position
+    mask[config.max_span :] = 0  # whole blocks may reach beyond L, where there are no position vectors
     with np.errstate(divide="ignore"):
         return np.log(mask)[::-1].astype(np.float32)
 
@@ -88,7 +88,7 @@ def _plain_embeddings(tensors: Mapping[str, Array]) -> Iterator[Folded]:
 
 
 def _clusters(config: ModelConfig, tensors: Mapping[str, Array]) -> Iterator[Folded]:
-    """As model/adaptive.py joins them: the first cluster's output takes in its projection and the clusters' entries."""
+    """Yield adaptive embeddings; the first output matrix has its projection and an entry for each other cluster."""
     scale = np.float32(math.sqrt(config.width))
     for i in range(len(clusters(config))):
         table, into = tensors[f"embedding.tables.{i}.weight"], tensors[f"embedding.projections.{i}.weight"]

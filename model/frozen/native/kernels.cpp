@@ -1,4 +1,4 @@
-// The kernels of one variant; the build compiles this file once for each, with -DVARIANT=name and its instructions.
+// The kernels. The build compiles this file once for each variant, with -DVARIANT=name and the variant's instructions.
 #include "kernels.h"
 
 #include "vector.h"
@@ -9,7 +9,7 @@
 
 namespace {
 
-// How many rows and blocks of columns a product keeps in registers.
+// The number of rows and of blocks of columns that a product keeps in registers.
 #if defined(__AVX512F__)
 constexpr int MOST_ROWS = 8, BLOCKS_OF_1 = 8, BLOCKS_OF_2 = 4, BLOCKS_OF_4 = 4, BLOCKS_OF_8 = 2;
 #elif defined(__AVX2__)
@@ -18,7 +18,8 @@ constexpr int MOST_ROWS = 4, BLOCKS_OF_1 = 4, BLOCKS_OF_2 = 2, BLOCKS_OF_4 = 1, 
 constexpr int MOST_ROWS = 4, BLOCKS_OF_1 = 1, BLOCKS_OF_2 = 1, BLOCKS_OF_4 = 1, BLOCKS_OF_8 = 1;
 #endif
 
-// `Tile<R, C>::compute(p, row, block)` computes R rows of C blocks of columns. These walk a whole product in tiles.
+// `Tile<R, C>::compute(p, row, block)` computes R rows of C blocks of columns. `sweep` and `walk` cover a whole product
+// with tiles.
 template <template <int, int> class Tile, int R, int C>
 INLINE void sweep(const Product& p, int row, int block) {
     for (; block + C <= p.blocks; block += C) Tile<R, C>::compute(p, row, block);
@@ -35,7 +36,7 @@ INLINE void walk(const Product& p, int row = 0) {
     if (row < p.rows) sweep<Tile, 1, BLOCKS_OF_1>(p, row, 0);
 }
 
-// Weights in float32, or kept in 16 bits and widened.
+// Weights in float32, or in bfloat16 that is widened.
 template <class W>
 struct Plain {
     template <int R, int C>
@@ -71,11 +72,11 @@ struct Plain {
 void float32(const Product& p) { walk<Plain<float>::Tile>(p); }
 void rings16(const Product& p) { walk<Plain<uint16_t>::Tile>(p); }
 
-// bfloat16: the order of sums of AMX's own instruction.
+// bfloat16, with the order of sums that AMX's instruction has.
 template <int R, int C>
 struct Halves {
     INLINE void compute(const Product& p, int row, int block) {
-        if constexpr (R * C > 8) {  // three vectors for each: too many
+        if constexpr (R * C > 8) {  // each sum takes three registers: too many
             Halves<R, C / 2>::compute(p, row, block);
             Halves<R, C / 2>::compute(p, row, block + C / 2);
         } else {
@@ -124,7 +125,7 @@ struct Halves {
     }
 };
 
-// int8 and int4: four columns' worth of K at a time.
+// int8 and int4: four k at a time.
 INLINE Ints unpack_nibbles(const uint8_t* group, int quad) {
     Ints both = load_bytes(group + (quad & 7) * 64);
     Ints nibbles = (quad < 8 ? both : shift_right(both, 4)) & all(int32_t(0x0f0f0f0f));
@@ -194,7 +195,7 @@ struct Bytes {
 
 constexpr int FEWEST_TILE_ROWS = 4;  // fewer rows are quicker without tiles
 
-// Tiles 0 .. 3 sums, 4 and 5 rows of x, 6 and 7 weights; all of 16 rows of 64 bytes.
+// The use of tiles: 0 .. 3 are sums, 4 and 5 rows of x, 6 and 7 weights. Each has 16 rows of 64 bytes.
 struct alignas(64) TileShapes {
     uint8_t palette, start, zeros[14];
     uint16_t bytes[16];
@@ -206,7 +207,7 @@ void configure_tiles() {
     memset(&shapes, 0, sizeof shapes);
     shapes.palette = 1;
     for (int i = 0; i < 8; ++i) shapes.bytes[i] = 64, shapes.rows[i] = TILE_ROWS;
-    asm volatile("" ::"r"(&shapes) : "memory");  // GCC takes the tile instructions for ones that read no memory
+    asm volatile("" ::"r"(&shapes) : "memory");  // else GCC assumes that tile instructions read no memory
     _tile_loadconfig(&shapes);
 }
 
@@ -317,19 +318,20 @@ INLINE void bytes(const Product& p) { walk<Bytes<FOUR>::template Tile>(p); }
 void int8(const Product& p) { bytes<false>(p); }
 void int4(const Product& p) { bytes<true>(p); }
 
-// Bytes plus 128 of 64 numbers of which the largest has magnitude `bound`.
+// Quantise 64 numbers, of which the largest magnitude is `bound`, to int8 plus 128.
 INLINE void quantise_group(const Floats* x, float bound, uint8_t* out, float* scale) {
     *scale = bound / 127.0f;
     Floats inverse = all(bound > 1e-30f ? 127.0f / bound : 0.0f);
     for (int i = 0; i < GROUP / LANES; ++i) store_low_bytes(out + i * LANES, nearest(x[i] * inverse) + all(int32_t(128)));
 }
 
-// softmax(context + position + log_mass | persistent) without the division. Sums: lane i % 16, then the tree of total().
+// softmax(context + position + log_mass | persistent), not divided by the sum. Lane i % 16 sums element i; then total()
+// sums the lanes.
 void softmax(Attention& a) {
     const float nothing = float_of_bits(0xff800000);  // -infinity
     for (int i = a.num_persistent; i < a.padded; ++i) a.persistent[i] = nothing;
     int start = a.first / LANES * LANES;
-    for (int i = start; i < a.first; ++i) a.context[i] = nothing;  // plus finite numbers that stays
+    for (int i = start; i < a.first; ++i) a.context[i] = nothing;  // stays -infinity when finite numbers are added
     Floats best = all(nothing), other = best;
     for (int i = start; i < a.slots; i += LANES) {
         Floats score = load(a.context + i) + load(a.position + i) + load(a.log_mass + i);
@@ -433,7 +435,7 @@ uint32_t enter() {
     configure_tiles();
 #if defined(__x86_64__)
     uint32_t before = _mm_getcsr();
-    _mm_setcsr((before & ~0x6000u) | 0x8040);  // to nearest; subnormal numbers are 0, read and written
+    _mm_setcsr((before & ~0x6000u) | 0x8040);  // round to nearest; read and write subnormal numbers as 0
     return before;
 #elif defined(__aarch64__)
     uint64_t before;

@@ -1,6 +1,6 @@
-"""The compiled library as Python sees it: its functions' types, and which variants this machine can run.
+"""The compiled library in Python: the types of its functions, and the variants that this machine can run.
 
-Owns ctypes; knows no model.
+Owns the use of ctypes; knows no model.
 """
 
 import ctypes
@@ -31,11 +31,11 @@ PARTS = (  # in the order of `Part`
     "tail",
     "tail_bias",
 )
-DRAW = np.dtype([("temperature", "<f4"), ("unused", "<f4"), ("seed", "<u8"), ("position", "<i8")])  # `Draw`
+DRAW = np.dtype([("temperature", "<f4"), ("unused", "<f4"), ("seed", "<u8"), ("position", "<i8")])  # the struct `Draw`
 
 
 class Shape(ctypes.Structure):
-    """`Shape` of native.h."""
+    """The struct `Shape` of native.h."""
 
     _fields_ = tuple(
         (name, ctypes.c_int32)
@@ -58,7 +58,7 @@ class Shape(ctypes.Structure):
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """A shared library. Raises NativeError if it does not load."""
+    """Load a shared library. Raises NativeError if it does not load."""
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -68,7 +68,7 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """The library, compiled if need be.
+    """Load the library, and compile it before if it is missing.
 
     Raises:
         NativeError: it cannot be built or does not load.
@@ -98,17 +98,17 @@ def load_library() -> ctypes.CDLL:
 
 @cache
 def runnable_variants() -> tuple[str, ...]:
-    """The variants that processor and operating system can run, the quickest last.
+    """Return the variants that processor and operating system can run, the fastest last.
 
     Raises:
-        NativeError: as `load_library` does.
+        NativeError: as for `load_library`.
     """
     library = load_library()
     return tuple(name for name in variants() if library.allattn_can_run(VARIANTS.index(name)))
 
 
 def choose_variant(name: str = "auto") -> str:
-    """The variant to run: the quickest, or the one that is asked for.
+    """Return the variant to run: `name`, or for `auto` the fastest.
 
     Raises:
         NativeError: there is no such variant, or this machine cannot run it.
@@ -122,7 +122,7 @@ def choose_variant(name: str = "auto") -> str:
 
 
 def check_choice(value: str, *, what: str, allowed: Sequence[str]) -> int:
-    """The index of a value among those allowed. Raises NativeError if it is not among them."""
+    """Return the index of a value among the allowed ones. Raises NativeError if it is not allowed."""
     if value not in allowed:
         raise NativeError(f"{what} {value!r} is unknown to the native step; allowed: {', '.join(allowed)}")
     return allowed.index(value)

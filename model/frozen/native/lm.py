@@ -1,7 +1,7 @@
-"""A frozen model on a CPU, computed by the native step: `ServedLM` without torch's operators.
+"""A frozen model on a CPU that the native step computes: a `ServedLM` that uses no operators of torch.
 
-The order of every sum is a property of the model: a row gets the same bits alone and in any batch, in one chunk or
-token by token, on any number of threads, wherever its rings begin, and in every variant.
+The model alone fixes the order of every sum. So a row has the same bits alone and in any batch, in one chunk and token
+by token, with any number of threads, wherever its rings begin, and with every variant.
 
 Sizes: B rows, T new tokens, E width, H heads, D head size, V vocabulary, V' = V rounded up to 16.
 """
@@ -39,21 +39,21 @@ from model.frozen.native.library import (
 
 RINGS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_THREADS = 256
-SCORED_AT_ONCE = 2**20  # logits, 4 MB of them
-UNSHARED = 2  # references to an array that only one attribute holds, while they are counted
+SCORED_AT_ONCE = 2**20  # number of logits in memory while tokens are scored: 4 MB
+UNSHARED = 2  # sys.getrefcount of an array that only one attribute refers to
 
 
 class DecodedAndDrawn(NamedTuple):
     """The results of one step of B rows."""
 
     tokens: NDArray[np.int64]  # [B]
-    logprobs: NDArray[np.float32]  # [B], at temperature 1; NaN where a row's logits are not finite
+    logprobs: NDArray[np.float32]  # [B], at temperature 1; NaN if the row's logits are not finite
     logits: Tensor  # [B, V]
-    new: list[Tensor]  # per layer the new keys and values [B, 1, 2, H, D]; empty if they were committed
+    new: list[Tensor]  # new keys and values of each layer [B, 1, 2, H, D]; empty if committed
 
 
 class NativeLM:
-    """An all-attention language model, frozen; its weights are kept as `weights` says."""
+    """A frozen all-attention language model that the native step computes."""
 
     backend = "native"
     invariant_rows = 1
@@ -75,8 +75,8 @@ class NativeLM:
             tensors: named and shaped as `config.tensor_shapes()`, float32.
             weights: float32, bfloat16, int8 or int4.
             rings: float32 or bfloat16; None = float32 with float32 weights, else bfloat16.
-            variant: the kernels' instructions, one of `runnable_variants()`, or auto for the quickest.
-            num_threads: None = as many as cores.
+            variant: the instructions of the kernels, one of `runnable_variants()`; auto = the fastest.
+            num_threads: None = the number of cores.
 
         Raises:
             NativeError: the library cannot be built or loaded, a choice is unknown, or the model's sizes do not fit.
@@ -99,7 +99,7 @@ class NativeLM:
             config.vocab_size,
             kind,
             WEIGHTS.index(rings),
-            WEIGHTS.index("int8" if weights == "int4" else weights),  # of the output: int4 loses too much there
+            WEIGHTS.index("int8" if weights == "int4" else weights),  # of the output layer, where int4 loses too much
             int(config.empty_slots == "masked"),
             len(clusters(config)),
             self.num_threads,
@@ -127,11 +127,11 @@ class NativeLM:
         return int(handle)
 
     def allocate(self, num_rows: int) -> NativeCache:
-        """Rings for a number of live streams, all fresh."""
+        """Return empty rings for `num_rows` streams."""
         return NativeCache(num_rows=num_rows, row_bytes=self.row_bytes, commit=self.commit)
 
     def decode(self, tokens: Tensor, cache: NativeCache) -> tuple[Tensor, list[Tensor]]:
-        """One new token [B] of each of the first rows: logits [B, V] fp32 and, per layer, pairs [B, 1, 2, H, D].
+        """Return logits [B, V] fp32 after one new token [B] of each first row, and pairs [B, 1, 2, H, D] by layer.
 
         Raises:
             NativeError: a token is not in the vocabulary.
@@ -150,15 +150,15 @@ class NativeLM:
         draws: NDArray[np.void],
         commit: bool = True,
     ) -> DecodedAndDrawn:
-        """Feed one token to each of some rows and draw the next ones, in one call.
+        """Feed one token to each of some rows and draw their next tokens, in one call.
 
-        A token is the best where the temperature is 0 (the first of equals), else drawn with the keyed noise of
-        `model.sampling.draw.uniform_noise`. Penalties and filters are not known here.
+        At temperature 0 the drawn token has the largest logit (the first of equals); at other temperatures
+        `model.sampling.draw.uniform_noise` says which noise draws it. There are no penalties and filters here.
 
         Args:
-            tokens: [B]; rows: [B], different ones.
-            draws: [B] of dtype `DRAW`: temperature, seed and position, the number of tokens before the drawn one.
-            commit: write the new keys and values into the rings; else the result has them, for `NativeCache.commit`.
+            tokens: [B]; rows: [B], all different.
+            draws: [B] of dtype `DRAW`; `position` is the number of tokens before the drawn token.
+            commit: write the new keys and values into the rings; if not, the result has them for `NativeCache.commit`.
 
         Raises:
             NativeError: a token is not in the vocabulary; then nothing has changed.
@@ -170,7 +170,7 @@ class NativeLM:
         return DecodedAndDrawn(drawn, logprobs, logits, [] if fresh is None else list(fresh.unbind(0)))
 
     def draw(self, logits: Tensor, draws: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Draw from logits [n, V] as `decode_and_draw` does: tokens [n] and their log-probabilities [n]."""
+        """Return tokens [n] drawn from logits [n, V], as `decode_and_draw` draws, and their log-probabilities [n]."""
         padded = torch.full((len(logits), self._padded_vocab), -math.inf)
         padded[:, : self.config.vocab_size] = logits
         wanted = np.ascontiguousarray(draws, DRAW)
@@ -218,7 +218,7 @@ class NativeLM:
         return logits[:, : self.config.vocab_size]
 
     def extend(self, tokens: Tensor, cache: NativeCache, rows: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """New tokens [B, T] of some rows: hidden states [B, T, E] and, per layer, pairs [B, T, 2, H, D].
+        """Return hidden states [B, T, E] of new tokens [B, T] of some rows, and pairs [B, T, 2, H, D] by layer.
 
         Raises:
             NativeError: a token is not in the vocabulary.
@@ -228,7 +228,7 @@ class NativeLM:
     def extend_with_memory_share(
         self, tokens: Tensor, cache: NativeCache, rows: Sequence[int]
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """`extend`, and the share of attention on persistent vectors, heads' mean, [B, T, layers] fp32."""
+        """Do `extend`; also return the heads' mean share of attention on persistent vectors, [B, T, layers] fp32."""
         by_head = torch.empty(*tokens.shape, self.config.num_layers, self.config.num_heads)
         hidden, new = self._extend(tokens, cache, rows, by_head)
         return hidden, new, by_head.double().sum(-1).div(self.config.num_heads).float()
@@ -258,7 +258,7 @@ class NativeLM:
         return hidden, list(fresh.unbind(0))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token in fp32, [n, E] -> [n, V]; with adaptive embeddings log-probabilities."""
+        """Return logits [n, V] fp32 of hidden states [n, E]; adaptive embeddings give log-probabilities."""
         lines = hidden.reshape(-1, self.config.width).to(torch.float32).contiguous()
         found = torch.empty(len(lines), self._padded_vocab)
         with self._lock:
@@ -267,7 +267,7 @@ class NativeLM:
         return found[:, : self.config.vocab_size].view(*hidden.shape[:-1], -1)
 
     def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (nats, fp32) and ranks (int64, 0 = the most probable) of given tokens.
+        """Return log-probabilities (nats, fp32) and ranks (int64, 0 = the most probable) of targets, each [n].
 
         Args:
             hidden: [n, E]; targets: [n] int64.
@@ -295,7 +295,7 @@ class NativeLM:
         return logprobs, ranks
 
     def commit(self, cache: NativeCache, rows: Sequence[int], new: Sequence[Tensor], num_new: Sequence[int]) -> None:
-        """See `NativeCache.commit`."""
+        """Write keys and values into a cache, as `NativeCache.commit` describes."""
         num_rows, num_tokens = new[0].shape[:2]
         layer_bytes = new[0].nbytes
         together = all(layer.data_ptr() == new[0].data_ptr() + i * layer_bytes for i, layer in enumerate(new))
@@ -315,7 +315,7 @@ class NativeLM:
                     cache.lengths[row] += count
 
     def _new_pairs(self, num_rows: int, num_new: int) -> Tensor:
-        """Memory for keys and values, the last one again if nobody holds it: fresh pages cost as much as arithmetic."""
+        """Return memory for keys and values. Free memory of the last call is used again: new pages cost much time."""
         config = self.config
         shape = (config.num_layers, num_rows, num_new, 2, config.num_heads, config.head_size)
         size = math.prod(shape)
@@ -337,10 +337,10 @@ class NativeLM:
 
 
 def load_native(bundle: Bundle, options: LoadOptions) -> NativeLM:
-    """Load a bundle for the native step.
+    """Return the model of a bundle for the native step.
 
     Raises:
-        BundleError: as `Bundle.tensors`.
+        BundleError: as for `Bundle.tensors`.
         NativeError: the library cannot be built or loaded, or the options or the model's sizes are not supported.
     """
     if options.device == "cuda":

@@ -1,3 +1,4 @@
+// Memory of a model: the arena, the packing of weights, and scratch memory.
 #include "model.h"
 
 #include <cmath>
@@ -20,7 +21,7 @@ void Arena::clear() {
 
 void* Arena::take_bytes(long bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-    constexpr long HUGE_PAGE = 64, PIECE = 0;  // every array by itself, so that its ends are guarded
+    constexpr long HUGE_PAGE = 64, PIECE = 0;  // each array apart, so that AddressSanitizer guards its ends
 #else
     constexpr long HUGE_PAGE = 2 << 20, PIECE = 16 << 20;
 #endif
@@ -66,8 +67,8 @@ namespace {
 
 float to_whole(float x) { return (x + ROUNDER) - ROUNDER; }
 
-// The scale of 64 weights. int8: the largest becomes 127. int4 has one more number below zero than above: of a few
-// scales of both signs, the one that loses least.
+// Return the scale of 64 weights. In int8 the largest magnitude becomes 127. int4 has one more negative number than
+// positive numbers, so 40 scales of both signs are tried, and the scale with the least squared error is chosen.
 float choose_scale(const float* group, WeightKind kind) {
     float most = 0;
     for (int i = 0; i < GROUP; ++i) most = std::fmax(most, std::fabs(group[i]));

@@ -1,4 +1,4 @@
-// Opening, filling and closing a model.
+// Opens a model, fills in its weights, and closes it.
 #include <cmath>
 #include <cstring>
 #include <exception>

@@ -1,3 +1,4 @@
+// The pool of threads; pool.h explains its counters.
 #include "pool.h"
 
 #if defined(__linux__)
@@ -13,9 +14,9 @@
 
 namespace {
 
-constexpr int SPINS_IN_JOB = 100;    // about 5 us on processors whose pause takes 140 cycles
-constexpr int SPINS_BETWEEN = 400;   // a step often follows the last one at once
-constexpr uint32_t JOBS = 1u << 24;  // numbers of jobs, used again after so many
+constexpr int SPINS_IN_JOB = 100;    // about 5 us on a processor whose pause takes 140 cycles
+constexpr int SPINS_BETWEEN = 400;   // the next step often begins at once
+constexpr uint32_t JOBS = 1u << 24;  // jobs are numbered modulo this
 constexpr uint64_t MOST_UNITS = (1u << 20) - 1;
 
 void pause_briefly() {
@@ -92,7 +93,7 @@ void Pool::serve(int thread) {
 }
 
 void Pool::take_part(uint32_t number, int thread) {
-    // If the next job begins meanwhile, these may be its numbers: then `await` or the words of `work` say so.
+    // If the next job begins now, these may be the numbers of that job: then `await` or `work` shows it.
     uint32_t begin = first.load(std::memory_order_relaxed), stages = num_stages.load(std::memory_order_relaxed);
     uint32_t before = enter();
     for (uint32_t stage = 0; stage < stages; ++stage) {
@@ -113,7 +114,7 @@ void Pool::take_part(uint32_t number, int thread) {
     leave(before);
 }
 
-// Wait until `passed` reaches a number; false if another job has begun.
+// Wait until `passed` reaches `wanted`. Returns false if another job has begun.
 bool Pool::await(uint32_t number, uint32_t wanted) {
     for (int i = 0; i < SPINS_IN_JOB; ++i) {
         if (int32_t(passed.load(std::memory_order_acquire) - wanted) >= 0) return true;

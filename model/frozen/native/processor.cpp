@@ -1,4 +1,4 @@
-// Which variants this processor and this operating system can run.
+// Tells which variants this processor and this operating system can run.
 #include "kernels.h"
 #include "native.h"
 
@@ -21,7 +21,8 @@ Registers cpuid(unsigned leaf) {
 
 bool bit(unsigned word, int place) { return word >> place & 1; }
 
-// What the operating system saves when it switches threads (XCR0): bits 1-2 AVX, 5-7 AVX-512, 17-18 AMX.
+// Return whether the operating system saves the wanted registers when it switches threads, by the bits of XCR0: 1-2
+// AVX, 5-7 AVX-512, 17-18 AMX.
 bool system_saves(unsigned wanted) {
     if (!bit(cpuid(1).c, 27)) return false;  // OSXSAVE
     unsigned low, high;
@@ -31,7 +32,7 @@ bool system_saves(unsigned wanted) {
 
 bool may_use_tiles() {
 #if defined(__linux__)
-    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // once a process, before its first tile instruction
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // needed once in a process, before its first tile
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 #else
     return false;

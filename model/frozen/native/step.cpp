@@ -1,21 +1,30 @@
-// What a call computes, as stages of small units of work (pool.h). A unit has at most MAX_ROWS rows, a chunk.
+// The calls of the interface. A call is a sequence of stages, and a stage is small units of work (pool.h). A chunk is
+// the rows of a unit, at most MAX_ROWS.
 //
 //   decode   EMBED   for each layer: ATTEND, MIX          SCORE  [TAILS  JOIN]  [DRAW]
 //   extend   EMBED   for each layer: PROJECT, LOOK, MIX
 //   logits   LOAD                                         SCORE  [TAILS  JOIN]  [RANK]
 //
-//   EMBED    chunk: vectors of tokens into hidden; LOAD: given hidden states
-//   ATTEND   chunk x head: q, k, v; scores of the ring and of persistent vectors; softmax; values: hidden -> attended
-//   PROJECT  chunk x head: q, k, v; k and v behind a copy of the ring, in the order of time
-//   LOOK     chunk x head: the rest of ATTEND, on that copy
-//   MIX      chunk x 64 columns: output projection; who ends a chunk adds it to hidden and normalises
-//   SCORE    chunk x columns: output matrix (with clusters: of the first, and narrowing for the others)
-//   TAILS    chunk x columns: scores of the other clusters; JOIN  row: log-probabilities of words from scores
-//   DRAW     row: a token and its log-probability; RANK  row: those of a given token
+// A line names the stage, the size of its unit, and its work:
 //
-// A row's context scores lie in the order of time, whatever its ring's offset: index i of S is distance S - i. In
-// extend row t's index 0 is its own oldest key, so that one product over keys in the order of time writes row t shifted
-// by t: rows of the scores are read and written at a stride that is 1 less than theirs.
+//   EMBED    chunk               copy the vectors of tokens into `hidden`
+//   LOAD     chunk               copy given hidden states into `hidden`
+//   ATTEND   chunk x head        from `hidden` to `attended`: q, k, v; scores of the ring and of persistent vectors;
+//                                softmax; the weighted sum of values
+//   PROJECT  chunk x head        q, k, v; write k and v after a copy of the ring that is in the order of time
+//   LOOK     chunk x head        the rest of ATTEND, on that copy
+//   MIX      chunk x 64 columns  output projection; the unit that ends last in a chunk adds the projection to `hidden`
+//                                and normalises
+//   SCORE    chunk x columns     scores of all tokens; with clusters, scores of the first cluster, and the narrow
+//                                vectors of the other clusters
+//   TAILS    chunk x columns     scores of the other clusters
+//   JOIN     row                 log-probabilities of all tokens, from the scores of all clusters
+//   DRAW     row                 a drawn token and its log-probability
+//   RANK     row                 rank and log-probability of a given token
+//
+// A row's context scores lie in the order of time, wherever its ring begins: index i of S is distance S - i. In extend,
+// index 0 of row t is the oldest key of row t. So a product of all rows with the keys, which are in the order of time,
+// must write row t shifted by t: it reads and writes rows of scores with a stride that is 1 less than their length.
 #include <cmath>
 #include <cstring>
 
@@ -28,14 +37,14 @@ constexpr int MIX_COLUMNS = 64, SCORE_COLUMNS = 128, TAIL_COLUMNS = 512;
 
 struct Call {
     Model& m;
-    int num_rows;             // or new tokens of one row
+    int num_rows;             // number of rows, or of new tokens of one row
     const int64_t* tokens;    // [num_rows]
     const int64_t* rows = nullptr;  // decode: [num_rows]
-    char* rings = nullptr;    // decode: of all rows; extend: of the row
-    int64_t* lengths = nullptr;  // decode: of all rows; extend: of the row
+    char* rings = nullptr;    // decode: rings of all rows; extend: rings of the row
+    int64_t* lengths = nullptr;  // decode: lengths of all rows; extend: length of the row
     float* fresh = nullptr;   // [L, fresh_rows, 2, H, D]
     long fresh_rows = 0;
-    float* hidden = nullptr;  // [num_rows, E], given or wanted
+    float* hidden = nullptr;  // [num_rows, E], input or output
     float* logits = nullptr;
     float* shares = nullptr;  // [num_rows, L, H]
     const Draw* draws = nullptr;
@@ -50,7 +59,7 @@ struct Call {
 
 long divided_up(long value, long by) { return (value + by - 1) / by; }
 
-// Rows `row` .. of an operand, columns `from` .. `from + count`, from float32 to the form that products want.
+// Convert `rows` rows of an operand, columns `from` .. `from + count`, from float32 to the form that products need.
 void prepare(const Kernels& k, const Operand& o, WeightKind kind, long row, int rows, long from, long count) {
     for (long r = row; r < row + rows; ++r) {
         long at = r * o.width + from;
@@ -59,7 +68,7 @@ void prepare(const Kernels& k, const Operand& o, WeightKind kind, long row, int 
     }
 }
 
-// y [rows, 16 blocks] = rows of x times columns of w from block `block` on.
+// y [rows, 16 blocks] = rows of x times the columns of w from block `block` on.
 void multiply(const Kernels& k, const Matrix& w, const Operand& x, long row, int rows, int block, int blocks, float* y,
               long ldy) {
     Product p = {};
@@ -79,13 +88,13 @@ void multiply(const Kernels& k, const Matrix& w, const Operand& x, long row, int
     (w.kind == INT8 ? k.int8 : k.int4)(p);
 }
 
-// y += or = x times keys or values of a ring or of a copy of one, from element `from` of `w` on.
+// y = x times keys or values, or y += with `onto`; they are those of a ring or its copy, from element `from` of `w` on.
 void multiply_ring(const Model& m, const char* w, long from, Product& p) {
     p.w = w + from * m.ring_element();
     (m.shape.rings == FLOAT32 ? m.kernels.float32 : m.kernels.rings16)(p);
 }
 
-// Scores of `blocks` blocks of 16 slots from `block` on: x [rows, D'], y written at stride `ldy`.
+// y = scores of `blocks` blocks of 16 slots, from `block` on, for queries x [rows, D']; y has the stride `ldy`.
 void multiply_keys(const Model& m, const char* keys, long block, int blocks, const float* x, float* y, long ldy,
                    int rows) {
     Product p = {};
@@ -94,7 +103,7 @@ void multiply_keys(const Model& m, const char* keys, long block, int blocks, con
     if (blocks > 0) multiply_ring(m, keys, block * p.block, p);
 }
 
-// y [rows, D'] += probabilities x values of slots `slot` .. `slot + count`.
+// y [rows, D'] = probabilities x times the values of slots `slot` .. `slot + count`, or y += with `onto`.
 void multiply_values(const Model& m, const char* values, long slot, long count, const float* x, long ldx, float* y,
                      int rows, bool onto) {
     Product p = {};
@@ -108,7 +117,7 @@ void put(const Model& m, char* ring, long element, float value) {
     else ((uint16_t*)ring)[element] = to_bfloat16(value);
 }
 
-// One token's key and value [D] into slot `slot` of keys [S/16][D'][16] and values [S][D'].
+// Write a token's key and value [D] into slot `slot` of keys [S/16][D'][16] and values [S][D'].
 void put_pair(const Model& m, char* keys, char* values, long slot, const float* key, const float* value) {
     long first = slot / BLOCK * BLOCK * m.head + slot % BLOCK;
     for (int d = 0; d < m.shape.head_size; ++d) {
@@ -117,14 +126,14 @@ void put_pair(const Model& m, char* keys, char* values, long slot, const float* 
     }
 }
 
-// Have memory on its way to the second-level cache.
+// Start to load memory into the second-level cache.
 void prefetch(const char* from, long bytes) {
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 char* values_of(const Model& m, const Head& h, char* ring) { return ring + h.slots * m.head * m.ring_element(); }
 
-// q, k, v of a chunk into qkv [rows, 3 D'], and k and v where the caller wants them.
+// Compute q, k, v of a chunk into qkv [rows, 3 D'], and copy k and v to `fresh` if the caller wants them.
 void project(Call& c, int layer, int head, int row, int rows, float* qkv) {
     Model& m = c.m;
     const Head& h = m.layers[size_t(layer)].heads[size_t(head)];
@@ -139,7 +148,7 @@ void project(Call& c, int layer, int head, int row, int rows, float* qkv) {
         }
 }
 
-// Scores of persistent vectors and of positions, from queries [rows, D'] in s.query.
+// Compute the scores of persistent vectors and of positions, from queries [rows, D'] in s.query.
 void score_constants(Model& m, const Head& h, int rows, Scratch& s) {
     const Kernels& k = m.kernels;
     prepare(k, s.query, m.kind(), 0, rows, 0, m.head);
@@ -148,7 +157,7 @@ void score_constants(Model& m, const Head& h, int rows, Scratch& s) {
     multiply(k, m.position, s.query, 0, rows, int((m.longest - h.slots) / BLOCK), h.slots / BLOCK, s.position, m.longest);
 }
 
-// From context scores to probabilities; returns their sum with those of persistent vectors.
+// Turn the scores of row `r` into probabilities that are not yet divided by their sum, and return this sum.
 float normalise(Call& c, int layer, int head, int row, int r, int64_t length, Scratch& s) {
     Model& m = c.m;
     const Head& h = m.layers[size_t(layer)].heads[size_t(head)];
@@ -163,7 +172,8 @@ float normalise(Call& c, int layer, int head, int row, int r, int64_t length, Sc
     return sum;
 }
 
-// Values of persistent vectors, and with those of the context in s.values the attended columns of a head.
+// Compute the weighted values of persistent vectors, add those of the context (s.values), and divide by the sums: the
+// columns of a head in `attended`.
 void finish_head(Call& c, const Head& h, int head, int row, int rows, const float* sums, Scratch& s) {
     Model& m = c.m;
     multiply(m.kernels, h.persistent_value, s.share, 0, rows, 0, int(m.head / BLOCK), s.persistent_values, m.head);
@@ -188,8 +198,8 @@ void attend(Call& c, int layer, int head, int row, int rows, Scratch& s) {
         char *keys = c.rings + which * m.row_bytes + h.ring, *values = values_of(m, h, keys);
         float *context = s.context + r * m.context_ld + MARGIN, *query = s.query.f + r * m.head;
         prefetch(values, bytes);
-        bool older = length >= S || !m.shape.mask_empty;  // slots next .. S - 1 hold the older part
-        long whole = next / BLOCK;  // the block that both parts share is computed twice
+        bool older = length >= S || !m.shape.mask_empty;  // slots next .. S - 1 hold the older tokens
+        long whole = next / BLOCK;  // older and newer tokens share this block: it is computed twice
         if (older) multiply_keys(m, keys, whole, int(S / BLOCK - whole), query, context - next % BLOCK, 0, 1);
         multiply_keys(m, keys, 0, int(divided_up(next, BLOCK)), query, context + S - next, 0, 1);
         if (r + 1 < rows) prefetch(c.rings + c.rows[row + r + 1] * m.row_bytes + h.ring, bytes);
@@ -203,7 +213,7 @@ void attend(Call& c, int layer, int head, int row, int rows, Scratch& s) {
     finish_head(c, h, head, row, rows, sums, s);
 }
 
-// Where extend's copy of a ring begins: the position of its slot 0, at most 15 before the oldest key of the first token.
+// Return the position of slot 0 of extend's copy of a ring: at most 15 before the oldest key of the first new token.
 long copy_begin(const Head& h, int64_t length) { return long(floor(double(length - h.slots) / BLOCK)) * BLOCK; }
 
 void copy_ring(Call& c, const Head& h, int head) {
@@ -236,11 +246,11 @@ void look(Call& c, int layer, int head, int row, int rows, Scratch& s) {
         memcpy(s.query.f + r * m.head, m.queries + ((row + r) * m.shape.num_heads + head) * m.head,
                size_t(m.head) * sizeof(float));
     score_constants(m, h, rows, s);
-    long oldest = *c.lengths + row - h.slots - copy_begin(h, *c.lengths);  // slot of the copy: the first row's index 0
+    long oldest = *c.lengths + row - h.slots - copy_begin(h, *c.lengths);  // in the copy: index 0 of the first row
     long stop = oldest + h.slots + rows - 1, start = oldest;
-    long nothing_before = -copy_begin(h, *c.lengths);  // slots before the stream began
+    long nothing_before = -copy_begin(h, *c.lengths);  // first slot of the stream
     if (m.shape.mask_empty && start < nothing_before) start = nothing_before < stop ? nothing_before : stop;
-    float* origin = s.context + MARGIN - oldest;  // of the first row: index = slot - oldest
+    float* origin = s.context + MARGIN - oldest;  // of the first row, for index = slot - oldest
     long block = start / BLOCK;
     multiply_keys(m, m.keys[size_t(head)], block, int(divided_up(stop, BLOCK) - block), s.query.f, origin + block * BLOCK,
                   m.context_ld - 1, rows);
@@ -298,7 +308,7 @@ void load_hidden(Call& c, int row, int rows) {
     prepare(m.kernels, m.hidden, WeightKind(m.shape.output), row, rows, 0, m.width);
 }
 
-// Columns of a cluster's scores, with their bias.
+// Compute a part of a cluster's columns of scores, with their bias.
 void score_cluster(Call& c, const Cluster& cluster, const Operand& x, int row, int rows, int part, int columns) {
     Model& m = c.m;
     bool plain = m.shape.num_clusters == 1;
@@ -329,12 +339,12 @@ void score_tail(Call& c, int row, int rows, int part) {
     }
 }
 
-// The natural logarithm of a normal number, in a fixed sequence of operations.
+// Return the natural logarithm of a normal number, by a fixed sequence of operations.
 double logarithm(double x) {
     int exponent;
     double m = frexp(x, &exponent);
     if (m < 0.70710678118654752) m *= 2, --exponent;
-    double t = (m - 1) / (m + 1), square = t * t, sum = 0;  // 2 artanh t
+    double t = (m - 1) / (m + 1), square = t * t, sum = 0;  // log m = 2 artanh t
     for (int n = 23; n > 0; n -= 2) sum = sum * square + 1.0 / n;
     return 2 * t * sum + exponent * 0.69314718055994531;
 }
@@ -368,7 +378,8 @@ uint64_t mixed_bits(uint64_t state) {  // SplitMix64
     return state ^ state >> 31;
 }
 
-// As model/sampling.py and model/filters.py: weights of 2^60, the first token at which their sum exceeds a share.
+// Draw a token as model/sampling/draw.py and filters.py do: weights are multiples of 2^-60, and the drawn token is the
+// first at which their sum exceeds the uniform share of the whole.
 int64_t draw_at_random(const float* probabilities, float sum, long size, const Draw& d) {
     constexpr float ONE = 1152921504606846976.0f;
     double uniform = double(mixed_bits(mixed_bits(d.seed) ^ uint64_t(d.position)) >> 16) * 0x1p-48;
@@ -388,7 +399,7 @@ void draw(Call& c, int row, int thread) {
     const float* logits = c.logits + row * m.vocab;
     long V = m.shape.vocab_size, best = 0;
     float* scratch = m.exponentials + thread * (m.scores_ld + m.vocab);
-    bool broken = false;  // NaN, or no finite score
+    bool broken = false;  // a score is NaN or +infinity
     for (long i = 0; i < V; ++i) {
         if (logits[i] > logits[best]) best = i;
         broken |= !(logits[i] < INFINITY);
@@ -433,7 +444,8 @@ int units_of(const Call& c, Stage stage) {
     }
 }
 
-// Units of one part (a head, columns) of all chunks follow one another: threads read the same weights.
+// Do one unit. The units of one part (a head, some columns) follow each other for all chunks, so that threads read the
+// same weights at the same time.
 void do_unit(void* context, int number, int unit, int thread) {
     Call& c = *(Call*)context;
     Model& m = c.m;

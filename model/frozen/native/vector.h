@@ -1,10 +1,10 @@
 // Sixteen lanes of float32 or int32 on each kind of processor: the only file that names instructions.
 //
-// Every operation gives the same bits on every processor: each is one correctly rounded IEEE operation a lane, and a
-// multiply-add is fused where fma() is written and nowhere else (the build says -ffp-contract=off). `Floats` and `Ints`
-// are one 512-bit register, two 256-bit registers or an array that the compiler vectorises as it can.
+// Every operation gives the same bits on every processor: it is one correctly rounded IEEE operation for each lane, and
+// multiply and add are fused only where the code says fma() (the build sets -ffp-contract=off). `Floats` and `Ints` are
+// one 512-bit register, two 256-bit registers, or an array that the compiler vectorises as it can.
 // Everything is in an anonymous namespace: this header is compiled several times with different instructions, and the
-// linker must never take one variant's function for another's.
+// linker must never confuse the functions of two variants.
 #pragma once
 
 #include <cstdint>
@@ -71,7 +71,7 @@ INLINE Ints minus_bytes(Ints a, Ints b) {
 INLINE Ints add_products(Ints sum, Ints x, Ints w) {  // sum += the 4 products of unsigned bytes x and signed bytes w
 #if defined(__AVX512VNNI__)
     return {_mm512_dpbusd_epi32(sum.v, x.v, w.v)};
-#else  // as halves: bytes times bytes in pairs would overflow 16 bits
+#else  // multiply as 16-bit halves: sums of two products of bytes overflow 16 bits
     __m512i low = _mm512_set1_epi16(0xff);
     __m512i even = _mm512_madd_epi16(_mm512_and_si512(x.v, low), _mm512_srai_epi16(_mm512_slli_epi16(w.v, 8), 8));
     __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(x.v, 8), _mm512_srai_epi16(w.v, 8));
@@ -135,7 +135,7 @@ INLINE void store_low_halves(uint16_t* p, Ints x) {
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(halves, 0xd8));
 }
 INLINE Ints minus_bytes(Ints x, Ints y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
-INLINE __m256i add_products8(__m256i sum, __m256i x, __m256i w) {  // as halves: pairs of bytes would overflow 16 bits
+INLINE __m256i add_products8(__m256i sum, __m256i x, __m256i w) {  // as halves: two products overflow 16 bits
     __m256i low = _mm256_set1_epi16(0xff);
     __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, low), _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
     __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
@@ -198,7 +198,7 @@ INLINE Ints add_products(Ints sum, Ints x, Ints w) {
 
 #endif
 
-// The sum of the lanes in one fixed order: a tree of halves.
+// Return the sum of the lanes, added in one fixed order: a tree of halves.
 INLINE float total(Floats a) {
     float lanes[LANES];
     store(lanes, a);
@@ -214,20 +214,20 @@ INLINE float largest(Floats a) {
     return lanes[0];
 }
 
-INLINE Ints to_bfloat16(Floats a) {  // in the low halves; to nearest, ties to even
+INLINE Ints to_bfloat16(Floats a) {  // results in the low halves; to nearest, ties to even
     Ints b = bits(a);
     return shift_right(b + all(int32_t(0x7fff)) + (shift_right(b, 16) & all(int32_t(1))), 16);
 }
 
-// To the nearest integer, ties to even, |a| < 2^22: the sum's last bits are the integer.
+// Round to the nearest integer, ties to even, for |a| < 2^22: the last bits of a + ROUNDER are the integer.
 constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23
 INLINE Ints nearest(Floats a) { return bits(a + all(ROUNDER)) + all(int32_t(-0x4b400000)); }
 
-// e^x for x <= 0, within 2 units of the last place; 0 below -87 and for NaN.
+// Return e^x for x <= 0, within 2 units in the last place; 0 for x < -87 and for NaN.
 INLINE Floats exponential(Floats x) {
-    Floats shifted = fma(x, all(1.44269504f), all(ROUNDER));  // x / log 2 to the nearest integer
+    Floats shifted = fma(x, all(1.44269504f), all(ROUNDER));  // x / log 2, rounded to an integer
     Floats n = shifted - all(ROUNDER);
-    Floats r = fma(n, all(-0.693359375f), x);  // log 2 in two parts
+    Floats r = fma(n, all(-0.693359375f), x);  // log 2 in two parts, for precision
     r = fma(n, all(2.12194440e-4f), r);
     Floats p = all(1.0f / 720);
     p = fma(p, r, all(1.0f / 120));
