@@ -12,13 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.frozen.native.library import DRAW
 from model.frozen.served import ServedLM
 from model.sampling.draw import Draws, draw
 from model.sampling.params import SamplingParams
 from model.sampling.penalties import History
 from server.engine.sequence import Draw, Drawn
-
-DRAW = np.dtype([("temperature", "<f4"), ("unused", "<f4"), ("seed", "<u8"), ("position", "<i8")])
 
 
 @runtime_checkable

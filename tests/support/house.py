@@ -45,7 +45,7 @@ HOUSE = {
     "server.protocol": Room("messages frames json", "model.sampling", "msgspec"),
     "server.engine": Room(
         "process engine scheduler sequence runner drawer pipe",
-        "model model.frozen model.sampling server.protocol server.config server.(ground)",
+        "model model.frozen model.frozen.native model.sampling server.protocol server.config server.(ground)",
         "msgspec numpy torch",
     ),
     "server.link": Room("supervisor child mailbox", "model server.protocol server.config", "msgspec"),
