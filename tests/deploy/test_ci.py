@@ -84,7 +84,16 @@ def test_tests_for_a_gpu_are_left_out_where_there_is_none_and_that_is_no_skip(tm
 def test_ci_runs_what_people_run():
     lines = (ROOT / ".ci/run").read_text().splitlines()
     targets = [line.split()[1] for line in lines if line.lstrip().startswith("make ")]
-    assert targets == ["test-tools", "test", "test-ray"]
+    assert targets == ["test-tools", "test", "check-native", "test-ray"]
     plan = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    parts = ["chromium-headless-shell", "promtool", "g++", "ruff check .", "mypy", '-m "not ray"', "test_ray_serve.py"]
+    parts = [
+        "chromium-headless-shell",
+        "promtool",
+        "g++",
+        "ruff check .",
+        "mypy",
+        "native_check.py",
+        '-m "not ray"',
+        "test_ray_serve.py",
+    ]
     assert [part for part in parts if part not in plan] == []

@@ -65,6 +65,7 @@ def test_the_reference_is_what_the_application_gives(name):
     assert (ROOT / "docs" / name).read_text() == reference.files()[name], f"{reference.COMMAND} writes it anew"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", LINES)
 def test_a_command_names_what_there_is(line):
     words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]

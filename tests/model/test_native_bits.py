@@ -90,6 +90,7 @@ def test_any_number_of_threads_computes_alike(weights, wanted, threads):
     assert_same(token_by_token(model), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", runnable_variants())
 @pytest.mark.parametrize("num_rows", [2, 5, 12, 37])
 def test_a_row_is_decoded_alike_in_any_batch(weights, wanted, num_rows, variant):
