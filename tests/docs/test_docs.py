@@ -122,6 +122,7 @@ def inline_flags() -> Iterator[tuple[str, str]]:
                 yield page.name, flag
 
 
+@pytest.mark.slow
 def test_every_flag_that_is_spoken_of_exists():
     ours = "".join(help_of(command.module) for command in COMMANDS.values())
     ours += help_of("training.import_official")

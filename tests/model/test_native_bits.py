@@ -15,6 +15,8 @@ from model.frozen.native.library import DRAW, WEIGHTS, runnable_variants
 from model.frozen.native.lm import NativeLM
 from tests.support.native_models import native, random_tokens, tiled_network
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 150  # longer than every ring (16 to 96 slots)
 TOKENS = random_tokens(LENGTH)
 
@@ -90,7 +92,6 @@ def test_any_number_of_threads_computes_alike(weights, wanted, threads):
     assert_same(token_by_token(model), wanted)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", runnable_variants())
 @pytest.mark.parametrize("num_rows", [2, 5, 12, 37])
 def test_a_row_is_decoded_alike_in_any_batch(weights, wanted, num_rows, variant):

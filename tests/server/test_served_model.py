@@ -65,6 +65,7 @@ def test_weights_that_are_missing_or_cut_short_are_told_before_anything_starts(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_server_over_changed_weights_says_so_in_its_last_line_and_ends_with_status_1(bundle):
     spoil(bundle / WEIGHTS)
     with pytest.raises(BundleError) as caught:

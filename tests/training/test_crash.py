@@ -78,7 +78,8 @@ def assert_whole(found: dict[str, Any] | None, at_least: int) -> int:
     return step
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [5, 30])
 def test_a_process_killed_while_it_writes_costs_nothing_that_was_told(kills: int, tmp_path: Path) -> None:
     moments, newest, best = random.Random(kills), 0, 0
     for _ in range(kills):

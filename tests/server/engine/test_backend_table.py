@@ -34,6 +34,7 @@ def test_a_new_backend_is_in_the_help_of_the_server(in_every_process):
     assert f"--backend auto|{'|'.join(BACKENDS)}|dummy" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_new_backend_serves_a_model(in_every_process):
     with live_server(bundle_of(), "--backend", "dummy", "--num-rows", "2") as url:
         assert httpx.get(f"{url}/info").json()["engine"]["backend"] == "dummy"
