@@ -54,23 +54,28 @@ class Drawer:
         self._prepared: Prepared | None = None
 
     def prepare(self, draws: Sequence[Draw]) -> Prepared:
-        """Arrange the parameters of a batch for drawing. A batch of the very same objects is arranged only once."""
-        samplings = [one.sampling for one in draws]
-        prepared = self._prepared
-        if prepared is None or not _same(prepared.samplings, samplings):
-            inside = self.inside is not None
-            lines = [line for line, one in enumerate(samplings) if not (inside and one.is_plain)]
-            plain = np.zeros(len(samplings), DRAW)
-            plain["temperature"] = [one.temperature for one in samplings]
-            plain["seed"] = np.array([one.seed for one in samplings], np.uint64)
-            others = Draws([samplings[line] for line in lines], device=self._device)
-            self._prepared = prepared = Prepared(samplings, plain, lines, others)
-        prepared.plain["position"] = [one.position for one in draws]
-        return prepared
+        """Arrange the parameters of a decoding batch. A batch of the very same objects is arranged only once."""
+        if self._prepared is None or not _same(self._prepared.samplings, draws):
+            self._prepared = self._arrange(draws)
+        elif self.inside is not None:
+            self._prepared.plain["position"] = [draw.position for draw in draws]
+        return self._prepared
+
+    def _arrange(self, draws: Sequence[Draw]) -> Prepared:
+        samplings = [draw.sampling for draw in draws]
+        inside = self.inside is not None
+        lines = [line for line, sampling in enumerate(samplings) if not (inside and sampling.is_plain)]
+        plain = np.zeros(len(samplings), DRAW)
+        plain["temperature"] = [sampling.temperature for sampling in samplings]
+        plain["seed"] = np.array([sampling.seed for sampling in samplings], np.uint64)
+        plain["position"] = [draw.position for draw in draws]
+        return Prepared(samplings, plain, lines, Draws([samplings[line] for line in lines], device=self._device))
 
     def draw(self, logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[Drawn]:
         """Draw a token for each line of the logits [B, V]; `rows` has the row of each line."""
-        prepared = self.prepare(draws)
+        return self._draw(logits, self._arrange(draws), draws, rows)
+
+    def _draw(self, logits: Tensor, prepared: Prepared, draws: Sequence[Draw], rows: Sequence[int]) -> list[Drawn]:
         if self.inside is None or len(prepared.lines) == len(draws):
             return self._draw_others(logits, prepared, draws, rows)
         tokens, logprobs = self.inside.draw(logits, prepared.plain)
@@ -91,8 +96,9 @@ class Drawer:
 
     def draw_fed(self, logits: Tensor, draws: Sequence[Draw], rows: Sequence[int], fed: Sequence[int]) -> list[Drawn]:
         """Count each row's `fed` token for its penalties, then draw; if drawing fails, the tokens are not counted."""
-        with self._fed(self.prepare(draws), rows, fed):
-            return self.draw(logits, draws, rows)
+        prepared = self.prepare(draws)
+        with self._fed(prepared, rows, fed):
+            return self._draw(logits, prepared, draws, rows)
 
     def _fed(self, prepared: Prepared, rows: Sequence[int], fed: Sequence[int]) -> "_Fed":
         return _Fed(self.history if prepared.others.penalised else None, rows, fed, self._device)
@@ -153,6 +159,6 @@ class _Fed:
             self._history.unfeed(self._rows, self._tokens)
 
 
-def _same(left: Sequence[SamplingParams], right: Sequence[SamplingParams]) -> bool:
-    """Return whether both hold the very same objects, which is so while the rows of a batch stay the same."""
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+def _same(samplings: Sequence[SamplingParams], draws: Sequence[Draw]) -> bool:
+    """Return whether the draws have these very objects, as they do while the rows of a batch stay the same."""
+    return len(samplings) == len(draws) and all(a is b.sampling for a, b in zip(samplings, draws, strict=True))
